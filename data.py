@@ -1,0 +1,342 @@
+"""CIFAR read from its own files, kept on the device as uint8 and augmented there in batches.
+
+The python archives are read without torchvision, which is only imported to download them. Their
+pickles are opened by an unpickler that knows numpy arrays and nothing else.
+"""
+
+import hashlib
+import pickle
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SIZE, PAD = 32, 4  # image side, and the border that random crops may reach into [pixels]
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images and labels on one device."""
+
+    pixels: Tensor  # (N, 32, 32, 3) uint8
+    labels: Tensor  # (N,) int64
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.labels)
+
+    def __getitem__(self, index: Tensor | slice) -> "Images":
+        """Return some of the images."""
+        return Images(self.pixels[index], self.labels[index])
+
+    def to(self, device: torch.device) -> "Images":
+        """Return the same images on another device."""
+        return Images(self.pixels.to(device), self.labels.to(device))
+
+    def as_float(self) -> Tensor:
+        """Return (N, 3, 32, 32) images in [0, 1], channels last in memory."""
+        return self.pixels.permute(0, 3, 1, 2) / 255
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A training and a test set, and what is known of their origin."""
+
+    name: str
+    num_classes: int
+    mean: tuple[float, ...]  # per channel, of the training images in [0, 1]
+    std: tuple[float, ...]
+    train: Images
+    test: Images
+    origin: str  # "official", "unofficial" or "synthetic"
+
+    def to(self, device: torch.device) -> "Dataset":
+        """Return the dataset with its images on another device."""
+        return replace(self, train=self.train.to(device), test=self.test.to(device))
+
+
+@dataclass(frozen=True)
+class Archive:
+    """Where the official python archive of one dataset keeps what, and the MD5s of its files."""
+
+    title: str
+    folder: str
+    label_key: str
+    num_classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    train: dict[str, str]
+    test: dict[str, str]
+
+
+ARCHIVES = {
+    "cifar10": Archive(
+        title="CIFAR10",
+        folder="cifar-10-batches-py",
+        label_key="labels",
+        num_classes=10,
+        mean=(0.4914, 0.4822, 0.4465),
+        std=(0.2470, 0.2435, 0.2616),
+        train={
+            "data_batch_1": "c99cafc152244af753f735de768cd75f",
+            "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+            "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+            "data_batch_4": "634d18415352ddfa80567beed471001a",
+            "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+        },
+        test={"test_batch": "40351d587109b95175f43aff81a1287e"},
+    ),
+    "cifar100": Archive(
+        title="CIFAR100",
+        folder="cifar-100-python",
+        label_key="fine_labels",
+        num_classes=100,
+        mean=(0.5071, 0.4865, 0.4409),
+        std=(0.2673, 0.2564, 0.2762),
+        train={"train": "16019d7e3df5f24257cddd939b257f8d"},
+        test={"test": "f0ef6b0ae62326f3e7ffdfab6717acfc"},
+    ),
+}
+
+
+# ------------------------------------------------------------------------------------ reading CIFAR
+
+
+def _bytes_of(text: str, encoding: str = "latin1") -> bytes:
+    """Stand in for ``_codecs.encode``, which protocol-2 pickles call to spell bytes."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"encoding {encoding!r} is not part of a CIFAR file")
+    return text.encode("latin1")
+
+
+class CifarUnpickler(pickle.Unpickler):
+    """An unpickler that builds plain containers and numpy arrays, and refuses everything else."""
+
+    ALLOWED = frozenset({"_reconstruct", "ndarray", "dtype"})
+    MODULES = frozenset({"numpy", "numpy.core.multiarray", "numpy._core.multiarray"})
+
+    def find_class(self, module: str, name: str) -> object:
+        """Return the numpy constructor that the file names."""
+        if (module, name) == ("_codecs", "encode"):
+            return _bytes_of
+        if module in self.MODULES and name in self.ALLOWED:
+            return (
+                np.ndarray.__reduce__(np.empty(0))[0]
+                if name == "_reconstruct"
+                else getattr(np, name)
+            )
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no CIFAR file holds")
+
+
+def read_batch(path: Path, label_key: str, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the (N, 3072) uint8 images and (N,) int64 labels of one file of a python archive.
+
+    Raises:
+        ValueError: The file is not such a pickle, or shapes or labels are wrong; it is named.
+    """
+    try:
+        with path.open("rb") as file:
+            record = CifarUnpickler(file, encoding="latin1").load()
+        data, labels = record["data"], np.asarray(record[label_key])
+    except Exception as error:  # a broken pickle can raise anything
+        raise ValueError(f"{path}: not a CIFAR file ({type(error).__name__}: {error})") from error
+    if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.shape[1:] != (3072,):
+        raise ValueError(f"{path}: broken, its images are not an (N, 3072) array of uint8")
+    if labels.shape != data.shape[:1] or labels.dtype.kind != "i" or not len(labels):
+        raise ValueError(
+            f"{path}: broken, {data.shape[0]} images but labels of shape {labels.shape}"
+        )
+    if labels.min() < 0 or labels.max() >= num_classes:
+        raise ValueError(f"{path}: broken, a label is outside 0 to {num_classes - 1}")
+    return data, labels.astype(np.int64)
+
+
+def read_cifar(name: str, data_dir: Path) -> Dataset:
+    """Read an unpacked python archive, and warn in one line where it is not the official one.
+
+    Args:
+        name: A key of ``ARCHIVES``.
+        data_dir: The folder that holds the archive's folder, or that folder itself.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+        ValueError: A file is broken.
+    """
+    archive = ARCHIVES[name]
+    folder = data_dir if data_dir.name == archive.folder else data_dir / archive.folder
+    splits, official = [], True
+    for files in (archive.train, archive.test):
+        parts = []
+        for file, md5 in files.items():
+            parts.append(read_batch(folder / file, archive.label_key, archive.num_classes))
+            official &= hashlib.md5((folder / file).read_bytes()).hexdigest() == md5
+        pixels = np.concatenate([data for data, _ in parts])
+        pixels = pixels.reshape(-1, 3, SIZE, SIZE).transpose(0, 2, 3, 1)
+        labels = np.concatenate([labels for _, labels in parts])
+        splits.append(
+            Images(torch.from_numpy(np.ascontiguousarray(pixels)), torch.from_numpy(labels))
+        )
+    train, test = splits
+    if not official:
+        print(
+            f"warning: {folder} is not the official archive (MD5 differs): using its "
+            f"{len(train):,} training and {len(test):,} test images"
+        )
+    return Dataset(
+        name, archive.num_classes, archive.mean, archive.std, train, test,
+        "official" if official else "unofficial",
+    )  # fmt: skip
+
+
+def missing_files(name: str, data_dir: Path) -> list[Path]:
+    """Return the files of the archive that are not below ``data_dir``."""
+    archive = ARCHIVES[name]
+    folder = data_dir if data_dir.name == archive.folder else data_dir / archive.folder
+    return [
+        folder / file for file in (*archive.train, *archive.test) if not (folder / file).is_file()
+    ]
+
+
+def load_cifar(name: str, data_dir: Path) -> Dataset:
+    """Return the dataset, downloaded through torchvision (with a progress bar) where missing.
+
+    Raises:
+        FileNotFoundError: It is not there and cannot be downloaded.
+        ValueError: A file is broken.
+    """
+    missing = missing_files(name, data_dir)
+    if missing:
+        archive = ARCHIVES[name]
+        print(f"{archive.title} is not in {data_dir}: downloading it")
+        try:
+            import torchvision
+
+            getattr(torchvision.datasets, archive.title)(str(data_dir), download=True)
+        except Exception as error:  # no network, no space, no torchvision: the way out is the same
+            raise FileNotFoundError(
+                f"{missing[0]} not found, and the download failed ({str(error) or type(error).__name__}); "
+                f"give the folder that holds {archive.folder}/ with --data-dir, "
+                "or use the built-in images with --synthetic"
+            ) from error
+    return read_cifar(name, data_dir)
+
+
+# --------------------------------------------------------------------------------- synthetic images
+
+
+def _smooth_patterns(
+    count: int, waves: int, frequency: float, rng: np.random.Generator
+) -> np.ndarray:
+    """Return (count, 32, 32, 3) sums of random plane waves, each with unit standard deviation."""
+    grid = np.stack(np.meshgrid(np.arange(SIZE), np.arange(SIZE), indexing="ij"), -1) / SIZE
+    angle = rng.uniform(0, 2 * np.pi, (count, waves))
+    radius = rng.uniform(0.5 * frequency, frequency, (count, waves))
+    k = 2 * np.pi * np.stack([radius * np.cos(angle), radius * np.sin(angle)], -1)
+    phase = np.einsum("yxd,cwd->cwyx", grid, k) + rng.uniform(0, 2 * np.pi, (count, waves, 1, 1))
+    color = rng.normal(size=(count, waves, 3))
+    pattern = np.einsum("cwyx,cwk->cyxk", np.cos(phase), color)
+    return pattern / pattern.std(axis=(1, 2, 3), keepdims=True)
+
+
+def synthetic(num_classes: int, *, train: int, test: int) -> Dataset:
+    """Draw images that look nothing like photographs but behave like them under attack.
+
+    A class is a large smooth pattern, which survives a perturbation of 8/255, and a faint fine
+    texture (about 3/255), which predicts the class perfectly and does not survive. Each image
+    shifts and fades the pattern, and adds a smooth background and pixel noise. The images depend on
+    nothing but the arguments.
+
+    Args:
+        num_classes: 10 or 100, or any other number.
+        train: Number of training images.
+        test: Number of test images.
+    """
+    rng = np.random.default_rng(num_classes)
+    shapes = _smooth_patterns(num_classes, 4, 2.0, rng)
+    textures = _smooth_patterns(num_classes, 4, 14.0, rng)
+    splits = []
+    for count in (train, test):
+        labels = rng.integers(num_classes, size=count)
+        fade = rng.uniform(0.10, 0.22, (count, 1, 1, 1))
+        shift = rng.integers(-4, 5, (count, 2))
+        rows = (np.arange(SIZE) + shift[:, :1]) % SIZE
+        cols = (np.arange(SIZE) + shift[:, 1:]) % SIZE
+        pixels = fade * shapes[labels[:, None, None], rows[:, :, None], cols[:, None, :]]
+        pixels += 0.012 * textures[labels]
+        backgrounds = _smooth_patterns(64, 4, 3.0, rng)
+        pixels += 0.10 * backgrounds[rng.integers(64, size=count)]
+        pixels += 0.03 * rng.normal(size=pixels.shape) + 0.5
+        pixels = (pixels.clip(0, 1) * 255).round().astype(np.uint8)
+        splits.append(Images(torch.from_numpy(pixels), torch.from_numpy(labels)))
+    half, quarter = (0.5,) * 3, (0.25,) * 3
+    return Dataset(f"synthetic{num_classes}", num_classes, half, quarter, *splits, "synthetic")
+
+
+def load(name: str, num_classes: int, data_dir: Path, use_synthetic: bool) -> Dataset:
+    """Return the dataset of a script, or the built-in synthetic images in its place."""
+    if use_synthetic:
+        return synthetic(num_classes, train=6000, test=1000)
+    return load_cifar(name, data_dir)
+
+
+# ------------------------------------------------------------------------------------------ batches
+
+
+def split_held_out(images: Images, count: int) -> tuple[Images, Images]:
+    """Return the images without ``count`` of them, and those; the choice is always the same.
+
+    Raises:
+        ValueError: Nothing would be left to train on.
+    """
+    if not 0 < count < len(images):
+        raise ValueError(f"--held-out {count}: must be between 1 and {len(images) - 1}")
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    order = order.to(images.labels.device)
+    return images[order[count:]], images[order[:count]]
+
+
+class TrainingBatches:
+    """Shuffled batches of augmented images; each pass over it is one epoch.
+
+    Images stay uint8 on their device. A batch is one gather from the padded images: random crop
+    (pad 4) and horizontal flip are only other indices. The last incomplete batch is dropped, so
+    that batch norm never sees a few images. Randomness is the global generator's.
+    """
+
+    def __init__(self, images: Images, batch_size: int) -> None:
+        """Pad the images once.
+
+        Raises:
+            ValueError: There are fewer images than a batch.
+        """
+        if len(images) < batch_size:
+            raise ValueError(f"--batch-size {batch_size}: there are only {len(images)} images")
+        self.padded = F.pad(images.pixels, (0, 0, PAD, PAD, PAD, PAD))
+        self.labels = images.labels
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        """Return the number of batches in an epoch."""
+        return len(self.labels) // self.batch_size
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (B, 3, 32, 32) images in [0, 1], channels last in memory, and (B,) labels."""
+        device = self.labels.device
+        order = torch.randperm(len(self.labels), device=device)
+        for index in order[: len(self) * self.batch_size].split(self.batch_size):
+            yield self.augment(index), self.labels[index]
+
+    def augment(self, index: Tensor) -> Tensor:
+        """Return the indexed images, randomly cropped and flipped."""
+        count, device = len(index), index.device
+        corner = torch.randint(2 * PAD + 1, (2, count, 1), device=device)
+        flip = torch.rand(count, 1, device=device) < 0.5
+        ramp = torch.arange(SIZE, device=device)
+        rows = corner[0] + ramp
+        cols = corner[1] + torch.where(flip, ramp.flip(0), ramp)
+        pixels = self.padded[index[:, None, None], rows[:, :, None], cols[:, None, :]]
+        return pixels.permute(0, 3, 1, 2) / 255

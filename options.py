@@ -1,0 +1,377 @@
+"""Every flag, declared once, in groups; both spellings (dashes, underscores) are accepted."""
+
+import argparse
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+DEFAULT_ATTACKS = "clean fgsm pgd-10 pgd-20 pgd-50 cw-20 cw-50".split()
+PLAIN = dict(mixup_alpha=0.0, temperature=(1.0, 1.0), kl_weight=0.0, label_smoothing=0.0)
+# Baselines are settings of the same flags. ``alpha_ratio`` is the default of --alpha over --epsilon.
+BASELINES = {
+    "fgsm_at": PLAIN | dict(delta_init="zero"),
+    "fgsm_rs": PLAIN | dict(delta_init="uniform", alpha_ratio=1.25),
+    "n_fgsm": PLAIN | dict(delta_init="noise"),
+    "pgd_at": PLAIN | dict(delta_init="uniform", attack_steps=10, alpha_ratio=0.25),
+    "trades": PLAIN | dict(
+        delta_init="uniform", attack_steps=10, alpha_ratio=0.25, attack_target="clean",
+        hard_term="clean", kl_weight=6.0, kl_reference="clean", kl_gradient="both",
+    ),
+}  # fmt: skip
+REPLACED = {  # flags of the published scripts whose meaning did not survive the corrected formulas
+    "lamda": "--kl-weight (the published quotient is not a divergence, so its weight does not carry over)",
+    "ema_value": "--ema-decay (the average is updated at every step, without a gate)",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that says what is wrong in one line."""
+
+    def error(self, message: str) -> None:
+        """Exit with status 2."""
+        self.exit(2, f"{self.prog}: error: {message} (--help lists all flags)\n")
+
+
+def dashed(argv: list[str]) -> list[str]:
+    """Return the arguments with dashes for underscores in the names of flags, not in values."""
+    words = []
+    for word in argv:
+        name, equals, value = word.partition("=")
+        words.append(name.replace("_", "-") + equals + value if word.startswith("--") else word)
+    return words
+
+
+def pixels(text: str) -> float:
+    """Return a size in units of 1/255 from ``8``, ``8/255`` or a fraction below 1 like ``0.03137``."""
+    number, slash, scale = text.partition("/")
+    value = float(number)
+    if slash:
+        value = 255 * value / float(scale)
+    elif value < 1:
+        value = 255 * value
+    if not 0 <= value <= 255:
+        raise argparse.ArgumentTypeError(f"{text}: a size in [0, 255], in units of 1/255")
+    return value
+
+
+def number(low: float, high: float = math.inf, kind: type = float) -> Callable[[str], float]:
+    """Return a parser of numbers in [low, high]."""
+
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text}: outside [{low:g}, {high:g}]")
+        return value
+
+    parse.__name__ = "number"
+    return parse
+
+
+def count(low: int = 1) -> Callable[[str], int]:
+    """Return a parser of whole numbers of at least ``low``."""
+    return number(low, kind=int)
+
+
+def temperatures(text: str) -> tuple[float, float]:
+    """Return first and last temperature from ``2`` (constant) or ``4:1`` (a line over the run)."""
+    first, _, last = text.partition(":")
+    values = float(first), float(last or first)
+    if not all(0 < value < math.inf for value in values):
+        raise argparse.ArgumentTypeError(f"{text}: temperatures are above 0")
+    return values
+
+
+def add_shared(parser: Parser) -> None:
+    """Add the flags that training and measuring have in common."""
+    group = parser.add_argument_group("data and machine")
+    group.add_argument(
+        "--data-dir",
+        type=Path,
+        default=Path("cifar-data"),
+        metavar="DIR",
+        help="folder of the unpacked official python archive (default %(default)s)",
+    )
+    group.add_argument(
+        "--synthetic", action="store_true", help="use the built-in synthetic images; needs no files"
+    )
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default auto)")
+    group.add_argument("--seed", type=count(0), default=0, help="(default %(default)s)")
+    group.add_argument(
+        "--out-dir",
+        type=Path,
+        default=Path("output"),
+        metavar="DIR",
+        help="where results go (default %(default)s)",
+    )
+    group.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def training_parser(doc: str, defaults: dict[str, object]) -> Parser:
+    """Return the parser of a training script.
+
+    Args:
+        doc: Docstring of the script.
+        defaults: The script's table: values that replace the defaults here.
+
+    Raises:
+        KeyError: The table names a flag that does not exist.
+    """
+    parser = Parser(description=doc.split("\n\n")[0], allow_abbrev=False)
+    _add_method(parser)
+    _add_optimisation(parser)
+    _add_run(parser)
+    add_shared(parser)
+    known = {action.dest for action in parser._actions}
+    unknown = [key for key in defaults if key not in known]
+    if unknown:
+        raise KeyError(f"no flag sets {unknown[0]}")
+    parser.set_defaults(**defaults)
+    return parser
+
+
+def _add_method(parser: Parser) -> None:
+    group = parser.add_argument_group("method")
+    add = group.add_argument
+    add(
+        "--baseline",
+        choices=BASELINES,
+        help="train another method instead: settings of the flags below",
+    )
+    add(
+        "--mixup-alpha",
+        type=number(0),
+        default=1.0,
+        metavar="A",
+        help="lam ~ Beta(A, A); 0 is no mixup (default %(default)s)",
+    )
+    add(
+        "--temperature",
+        type=temperatures,
+        default=(2.0, 2.0),
+        metavar="T",
+        help="T of the KL term: 2, or 4:1 for a line over the run",
+    )
+    add(
+        "--attack-temperature",
+        type=temperatures,
+        metavar="T",
+        help="T of the attack (default: that of --temperature)",
+    )
+    add(
+        "--kl-weight",
+        type=number(0),
+        default=4.0,
+        metavar="W",
+        help="weight of the KL term; 0 is none (default %(default)s)",
+    )
+    add(
+        "--kl-reference",
+        choices=("start", "clean", "ema"),
+        default="start",
+        help="KL to the logits of the attack's start, of the clean image, or of the averaged weights there "
+        "(default %(default)s)",
+    )
+    add(
+        "--kl-gradient",
+        choices=("student", "both"),
+        default="student",
+        help="whether the reference gets a gradient too, as in TRADES",
+    )
+    add(
+        "--hard-term",
+        choices=("adversarial", "clean"),
+        default="adversarial",
+        help="images of the cross-entropy term (default %(default)s)",
+    )
+    add(
+        "--label-smoothing",
+        type=number(0, 1),
+        default=0.0,
+        metavar="S",
+        help="(default %(default)s)",
+    )
+    add(
+        "--factor",
+        type=number(0, 1),
+        metavar="F",
+        help="label relaxation of the published scripts: sets --label-smoothing to (1 - F) K / (K - 1)",
+    )
+    add(
+        "--ema-decay",
+        type=number(0, 0.999999),
+        default=0.999,
+        metavar="D",
+        help="decay of the weight average; 0 is none (default %(default)s)",
+    )
+    group = parser.add_argument_group("attack of the training step [sizes in 1/255]")
+    add = group.add_argument
+    add("--epsilon", type=pixels, default=8.0, metavar="E", help="8, 8/255 or 0.03137 (default 8)")
+    add(
+        "--alpha",
+        type=pixels,
+        metavar="A",
+        help="step size (default: epsilon; 1.25 epsilon for "
+        "fgsm_rs, epsilon / 4 for pgd_at and trades)",
+    )
+    add("--attack-steps", type=count(), default=1, metavar="K", help="(default %(default)s)")
+    add(
+        "--delta-init",
+        choices=("zero", "uniform", "half", "noise"),
+        default="half",
+        help="start: zero, U(-eps, eps), +-eps/2, or U(-2 eps, 2 eps) unprojected (default %(default)s)",
+    )
+    add(
+        "--attack-target",
+        choices=("labels", "clean"),
+        default="labels",
+        help="raise the KL to the labels, or to the clean prediction as TRADES does",
+    )
+    parser.set_defaults(alpha_ratio=1.0)
+
+
+def _add_optimisation(parser: Parser) -> None:
+    group = parser.add_argument_group("network and optimisation")
+    add = group.add_argument
+    add(
+        "--model",
+        default="PreActResNet18",
+        help="network (default %(default)s; an unknown name lists all)",
+    )
+    add(
+        "--width", type=count(), metavar="C", help="channels of a ResNet's first stage (default 64)"
+    )
+    add("--epochs", type=count(), default=110, help="(default %(default)s)")
+    add("--batch-size", type=count(2), default=128, help="(default %(default)s)")
+    add(
+        "--lr",
+        "--lr-max",
+        type=number(0),
+        default=0.1,
+        help="highest learning rate (default %(default)s)",
+    )
+    add("--lr-min", type=number(0), default=0.0, help="lowest, where the schedule has one")
+    add(
+        "--lr-schedule",
+        choices=("multistep", "cyclic", "onecycle", "cosine", "constant"),
+        default="multistep",
+        help="multistep: a tenth at 99/110 of the run, a hundredth at 104/110; cyclic: a triangle",
+    )
+    add(
+        "--lr-peak",
+        type=number(0.001, 0.999),
+        default=0.4,
+        metavar="P",
+        help="part of the run at which cyclic and onecycle peak (default %(default)s)",
+    )
+    add("--momentum", type=number(0, 1), default=0.9, help="(default %(default)s)")
+    add("--weight-decay", type=number(0), default=5e-4, help="(default %(default)s)")
+    add(
+        "--precision",
+        choices=("auto", "fp32", "bf16"),
+        default="auto",
+        help="of training; auto: bf16 where the processor has it. Measuring is always fp32",
+    )
+
+
+def _add_run(parser: Parser) -> None:
+    group = parser.add_argument_group("run")
+    add = group.add_argument
+    add(
+        "--run-name",
+        metavar="NAME",
+        help="folder below --out-dir (default: dataset, method, seed, numbered)",
+    )
+    add("--overwrite", action="store_true", help="replace the run of that name")
+    add(
+        "--held-out",
+        type=count(),
+        default=1000,
+        metavar="N",
+        help="training images kept aside for the log and to choose the best epoch (default %(default)s)",
+    )
+    add(
+        "--train-images", type=count(2), metavar="N", help="train on N of the images (default: all)"
+    )
+    add("--early-stop", action="store_true", help="stop when the run collapses")
+    add("--lamda", type=float, help=argparse.SUPPRESS)
+    add("--EMA-value", type=float, dest="ema_value", help=argparse.SUPPRESS)
+
+
+def parse_training(argv: list[str], doc: str, defaults: dict[str, object]) -> argparse.Namespace:
+    """Return the flags of a training run: explicit ones over the baseline's over the script's."""
+    parser, argv = training_parser(doc, defaults), dashed(argv)
+    args = parser.parse_args(argv)
+    if args.baseline:
+        parser.set_defaults(**BASELINES[args.baseline])
+        args = parser.parse_args(argv)
+    for name, replacement in REPLACED.items():
+        if vars(args).pop(name) is not None:
+            print(f"note: --{name} has no effect; it is replaced by {replacement}", file=sys.stderr)
+    ratio = vars(args).pop("alpha_ratio")
+    args.alpha = args.epsilon * ratio if args.alpha is None else args.alpha
+    args.attack_temperature = args.attack_temperature or args.temperature
+    args.method = args.baseline or "mix_kl"
+    return args
+
+
+def measuring_parser(doc: str) -> Parser:
+    """Return the parser of a measuring script."""
+    parser = Parser(description=doc.split("\n\n")[0], allow_abbrev=False)
+    group = parser.add_argument_group("what to measure")
+    add = group.add_argument
+    add(
+        "--model-path",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="checkpoint (.pth) to measure",
+    )
+    add(
+        "--attacks",
+        nargs="+",
+        default=DEFAULT_ATTACKS,
+        metavar="NAME",
+        help="clean, fgsm, fgsm-rs, pgd-STEPS, pgd-STEPS-RESTARTS, cw-STEPS "
+        f"(default {' '.join(DEFAULT_ATTACKS)})",
+    )
+    add(
+        "--epsilon",
+        type=pixels,
+        default=8.0,
+        metavar="E",
+        help="[1/255]: 8, 8/255 or 0.03137 (default 8)",
+    )
+    add("--n-examples", type=count(), metavar="N", help="the first N test images (default: all)")
+    add(
+        "--weights",
+        choices=("raw", "ema"),
+        help="which set of the file (default: the one it selects)",
+    )
+    add("--model", help="network of a file that does not say it (a bare state dict)")
+    add(
+        "--width", type=count(), metavar="C", help="its width, where it is a ResNet not of width 64"
+    )
+    add("--batch-size", type=count(), default=256, help="images at a time (default %(default)s)")
+    add_shared(parser)
+    return parser
+
+
+def parse_measuring(argv: list[str], doc: str) -> argparse.Namespace:
+    """Return the flags of a measurement."""
+    return measuring_parser(doc).parse_args(dashed(argv))
+
+
+def run(main: Callable[[list[str]], None]) -> None:
+    """Call ``main`` with the command line; what the user can mend is one line and exit status 2."""
+    argv = sys.argv[1:]
+    try:
+        main(argv)
+    except (ValueError, OSError) as error:
+        if "--debug" in argv:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,46 @@
+"""Pictures of a run. matplotlib is imported only when one is drawn."""
+
+from pathlib import Path
+
+
+def curves(rows: list[dict[str, float]], path: Path) -> None:
+    """Draw held-out accuracy, loss and learning rate over the epochs of a run.
+
+    Args:
+        rows: Rows of ``log.csv``, accuracies in [0, 1].
+        path: PNG file to write.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    accuracy, loss = figure.subplots(1, 2, width_ratios=(3, 2))
+    epochs = [row["epoch"] for row in rows]
+    shown = {"clean": ("clean", "tab:blue"), "fgsm": ("FGSM", "tab:orange")}
+    for key, (name, color) in (shown | {"pgd10": ("PGD-10", "tab:green")}).items():
+        accuracy.plot(
+            epochs, [100 * row[f"{key}_acc"] for row in rows], "o-", ms=3, c=color, label=name
+        )
+        if f"ema_{key}_acc" in rows[0]:
+            averaged = [100 * row[f"ema_{key}_acc"] for row in rows]
+            accuracy.plot(epochs, averaged, "--", c=color, label=f"{name}, averaged weights")
+    for number, epoch in enumerate(row["epoch"] for row in rows if row["collapse"]):
+        label = "collapse" if number == 0 else None
+        accuracy.axvline(epoch, c="tab:red", lw=6, alpha=0.3, label=label)
+    accuracy.set(xlabel="epoch", ylabel="held-out accuracy [%]", ylim=(0, None))
+    accuracy.legend(fontsize=8)
+
+    loss.plot(epochs, [row["loss"] for row in rows], "o-", ms=3, c="k", label="loss")
+    loss.plot(epochs, [row["hard_loss"] for row in rows], "--", c="k", label="hard term")
+    loss.plot(epochs, [row["kl"] for row in rows], ":", c="k", label="KL term (unweighted)")
+    loss.set(xlabel="epoch", ylabel="training loss", ylim=(0, None))
+    rate = loss.twinx()
+    rate.plot(epochs, [row["lr"] for row in rows], c="tab:purple", lw=1, label="learning rate")
+    rate.set(ylabel="learning rate", ylim=(0, None))
+    lines = loss.get_lines() + rate.get_lines()
+    loss.legend(lines, [entry.get_label() for entry in lines], fontsize=8)
+    for axes in (accuracy, loss):
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
