@@ -45,9 +45,11 @@ def main(argv: list[str]) -> None:
     utils.keep_freed_memory()
     utils.seed_everything(args.seed)
 
-    dataset = data.load(DATASET, NUM_CLASSES, args.data_dir, args.synthetic).to(device)
-    train, held_out = data.split_held_out(dataset.train, args.held_out)
-    batches = data.TrainingBatches(train[: args.train_images], args.batch_size)
+    dataset = data.load(DATASET, NUM_CLASSES, args.data_dir, args.synthetic)
+    train, held_out = data.split_held_out(dataset.train.to(device), args.held_out)
+    batches = data.TrainingBatches(
+        train.first(args.train_images, "--train-images"), args.batch_size
+    )
     network = dict(num_classes=NUM_CLASSES, mean=dataset.mean, std=dataset.std)
     model = build_model(name, width=args.width, **network)
     model = model.to(device, memory_format=torch.channels_last)

@@ -150,7 +150,7 @@ def plain(args: Namespace) -> dict[str, object]:
 
 
 def commit() -> str:
-    """Return the git revision of this code, with ``-dirty`` where files differ; else ``unknown``."""
+    """Return the git revision of this code (``-dirty`` where files differ), or ``unknown``."""
     try:
         done = subprocess.run(
             ["git", "describe", "--always", "--abbrev=12", "--dirty"],

@@ -5,10 +5,12 @@ pickles are opened by an unpickler that knows numpy arrays and nothing else.
 """
 
 import hashlib
+import importlib
 import pickle
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -33,6 +35,12 @@ class Images:
         """Return some of the images."""
         return Images(self.pixels[index], self.labels[index])
 
+    def first(self, count: int | None, flag: str) -> "Images":
+        """Return the first ``count`` images, all where None; ``flag`` is blamed where too few."""
+        if count is not None and count > len(self):
+            raise ValueError(f"{flag} {count}: there are only {len(self)} images")
+        return self[:count]
+
     def to(self, device: torch.device) -> "Images":
         """Return the same images on another device."""
         return Images(self.pixels.to(device), self.labels.to(device))
@@ -54,14 +62,10 @@ class Dataset:
     test: Images
     origin: str  # "official", "unofficial" or "synthetic"
 
-    def to(self, device: torch.device) -> "Dataset":
-        """Return the dataset with its images on another device."""
-        return replace(self, train=self.train.to(device), test=self.test.to(device))
-
 
 @dataclass(frozen=True)
 class Archive:
-    """Where the official python archive of one dataset keeps what, and the MD5s of its files."""
+    """Where the official python archive of one dataset keeps what."""
 
     title: str
     folder: str
@@ -69,66 +73,49 @@ class Archive:
     num_classes: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    train: dict[str, str]
+    train: dict[str, str]  # file name -> MD5
     test: dict[str, str]
 
 
 ARCHIVES = {
     "cifar10": Archive(
-        title="CIFAR10",
-        folder="cifar-10-batches-py",
-        label_key="labels",
-        num_classes=10,
-        mean=(0.4914, 0.4822, 0.4465),
-        std=(0.2470, 0.2435, 0.2616),
-        train={
-            "data_batch_1": "c99cafc152244af753f735de768cd75f",
-            "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
-            "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
-            "data_batch_4": "634d18415352ddfa80567beed471001a",
-            "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
-        },
-        test={"test_batch": "40351d587109b95175f43aff81a1287e"},
+        "CIFAR10", "cifar-10-batches-py", "labels", 10,
+        mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616),
+        train=dict(
+            data_batch_1="c99cafc152244af753f735de768cd75f",
+            data_batch_2="d4bba439e000b95fd0a9bffe97cbabec",
+            data_batch_3="54ebc095f3ab1f0389bbae665268c751",
+            data_batch_4="634d18415352ddfa80567beed471001a",
+            data_batch_5="482c414d41f54cd18b22e5b47cb7c3cb",
+        ),
+        test=dict(test_batch="40351d587109b95175f43aff81a1287e"),
     ),
     "cifar100": Archive(
-        title="CIFAR100",
-        folder="cifar-100-python",
-        label_key="fine_labels",
-        num_classes=100,
-        mean=(0.5071, 0.4865, 0.4409),
-        std=(0.2673, 0.2564, 0.2762),
-        train={"train": "16019d7e3df5f24257cddd939b257f8d"},
-        test={"test": "f0ef6b0ae62326f3e7ffdfab6717acfc"},
+        "CIFAR100", "cifar-100-python", "fine_labels", 100,
+        mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762),
+        train=dict(train="16019d7e3df5f24257cddd939b257f8d"),
+        test=dict(test="f0ef6b0ae62326f3e7ffdfab6717acfc"),
     ),
-}
+}  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------ reading CIFAR
 
 
-def _bytes_of(text: str, encoding: str = "latin1") -> bytes:
-    """Stand in for ``_codecs.encode``, which protocol-2 pickles call to spell bytes."""
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"encoding {encoding!r} is not part of a CIFAR file")
-    return text.encode("latin1")
-
-
 class CifarUnpickler(pickle.Unpickler):
     """An unpickler that builds plain containers and numpy arrays, and refuses everything else."""
 
-    ALLOWED = frozenset({"_reconstruct", "ndarray", "dtype"})
-    MODULES = frozenset({"numpy", "numpy.core.multiarray", "numpy._core.multiarray"})
+    ALLOWED: ClassVar = {"ndarray": np.ndarray, "dtype": np.dtype} | {
+        "_reconstruct": np.empty(0).__reduce__()[0]
+    }
+    MODULES = ("numpy", "numpy.core.multiarray", "numpy._core.multiarray")
 
     def find_class(self, module: str, name: str) -> object:
         """Return the numpy constructor that the file names."""
-        if (module, name) == ("_codecs", "encode"):
-            return _bytes_of
+        if (module, name) == ("_codecs", "encode"):  # how protocol 2 spells bytes
+            return lambda text, encoding: text.encode("latin1")
         if module in self.MODULES and name in self.ALLOWED:
-            return (
-                np.ndarray.__reduce__(np.empty(0))[0]
-                if name == "_reconstruct"
-                else getattr(np, name)
-            )
+            return self.ALLOWED[name]
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no CIFAR file holds")
 
 
@@ -143,101 +130,91 @@ def read_batch(path: Path, label_key: str, num_classes: int) -> tuple[np.ndarray
             record = CifarUnpickler(file, encoding="latin1").load()
         data, labels = record["data"], np.asarray(record[label_key])
     except Exception as error:  # a broken pickle can raise anything
-        raise ValueError(f"{path}: not a CIFAR file ({type(error).__name__}: {error})") from error
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+        raise ValueError(f"{path}: broken or not a CIFAR file ({reason})") from error
     if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.shape[1:] != (3072,):
         raise ValueError(f"{path}: broken, its images are not an (N, 3072) array of uint8")
     if labels.shape != data.shape[:1] or labels.dtype.kind != "i" or not len(labels):
-        raise ValueError(
-            f"{path}: broken, {data.shape[0]} images but labels of shape {labels.shape}"
-        )
+        raise ValueError(f"{path}: broken, {len(data)} images but labels of shape {labels.shape}")
     if labels.min() < 0 or labels.max() >= num_classes:
         raise ValueError(f"{path}: broken, a label is outside 0 to {num_classes - 1}")
     return data, labels.astype(np.int64)
 
 
-def read_cifar(name: str, data_dir: Path) -> Dataset:
+def read_cifar(name: str, folder: Path) -> Dataset:
     """Read an unpacked python archive, and warn in one line where it is not the official one.
 
     Args:
         name: A key of ``ARCHIVES``.
-        data_dir: The folder that holds the archive's folder, or that folder itself.
+        folder: The archive's own folder, with the batches in it.
 
     Raises:
-        FileNotFoundError: A file is missing.
         ValueError: A file is broken.
     """
     archive = ARCHIVES[name]
-    folder = data_dir if data_dir.name == archive.folder else data_dir / archive.folder
     splits, official = [], True
     for files in (archive.train, archive.test):
         parts = []
         for file, md5 in files.items():
             parts.append(read_batch(folder / file, archive.label_key, archive.num_classes))
             official &= hashlib.md5((folder / file).read_bytes()).hexdigest() == md5
-        pixels = np.concatenate([data for data, _ in parts])
+        pixels, labels = (np.concatenate(part) for part in zip(*parts, strict=True))
         pixels = pixels.reshape(-1, 3, SIZE, SIZE).transpose(0, 2, 3, 1)
-        labels = np.concatenate([labels for _, labels in parts])
-        splits.append(
-            Images(torch.from_numpy(np.ascontiguousarray(pixels)), torch.from_numpy(labels))
-        )
-    train, test = splits
+        pixels = torch.from_numpy(np.ascontiguousarray(pixels))
+        splits.append(Images(pixels, torch.from_numpy(labels)))
     if not official:
         print(
             f"warning: {folder} is not the official archive (MD5 differs): using its "
-            f"{len(train):,} training and {len(test):,} test images"
+            f"{len(splits[0]):,} training and {len(splits[1]):,} test images"
         )
-    return Dataset(
-        name, archive.num_classes, archive.mean, archive.std, train, test,
-        "official" if official else "unofficial",
-    )  # fmt: skip
+    origin = "official" if official else "unofficial"
+    return Dataset(name, archive.num_classes, archive.mean, archive.std, *splits, origin)
 
 
-def missing_files(name: str, data_dir: Path) -> list[Path]:
-    """Return the files of the archive that are not below ``data_dir``."""
-    archive = ARCHIVES[name]
-    folder = data_dir if data_dir.name == archive.folder else data_dir / archive.folder
-    return [
-        folder / file for file in (*archive.train, *archive.test) if not (folder / file).is_file()
-    ]
+def load(name: str, num_classes: int, data_dir: Path, use_synthetic: bool) -> Dataset:
+    """Return a dataset, downloaded through torchvision (with a progress bar) where missing.
 
-
-def load_cifar(name: str, data_dir: Path) -> Dataset:
-    """Return the dataset, downloaded through torchvision (with a progress bar) where missing.
+    Args:
+        name: A key of ``ARCHIVES``.
+        num_classes: Number of classes of the synthetic images.
+        data_dir: The folder that holds the archive's folder, or that folder itself.
+        use_synthetic: Whether to return the built-in images in its place.
 
     Raises:
         FileNotFoundError: It is not there and cannot be downloaded.
         ValueError: A file is broken.
     """
-    missing = missing_files(name, data_dir)
+    if use_synthetic:
+        return synthetic(num_classes, train=6000, test=1000)
+    archive = ARCHIVES[name]
+    folder = data_dir if data_dir.name == archive.folder else data_dir / archive.folder
+    missing = [file for file in (*archive.train, *archive.test) if not (folder / file).is_file()]
     if missing:
-        archive = ARCHIVES[name]
-        print(f"{archive.title} is not in {data_dir}: downloading it")
+        print(f"{folder / missing[0]} not found: downloading {archive.title} to {folder.parent}")
         try:
-            import torchvision
-
-            getattr(torchvision.datasets, archive.title)(str(data_dir), download=True)
+            datasets = importlib.import_module("torchvision.datasets")
+            getattr(datasets, archive.title)(str(folder.parent), download=True)
         except Exception as error:  # no network, no space, no torchvision: the way out is the same
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
             raise FileNotFoundError(
-                f"{missing[0]} not found, and the download failed ({str(error) or type(error).__name__}); "
-                f"give the folder that holds {archive.folder}/ with --data-dir, "
-                "or use the built-in images with --synthetic"
+                f"{folder / missing[0]} not found, and the download failed ({reason}); give the "
+                f"folder that holds {archive.folder}/ with --data-dir, or use the built-in images "
+                "with --synthetic"
             ) from error
-    return read_cifar(name, data_dir)
+    return read_cifar(name, folder)
 
 
 # --------------------------------------------------------------------------------- synthetic images
 
 
-def _smooth_patterns(
-    count: int, waves: int, frequency: float, rng: np.random.Generator
-) -> np.ndarray:
-    """Return (count, 32, 32, 3) sums of random plane waves, each with unit standard deviation."""
+def waves(count: int, frequency: float, rng: np.random.Generator) -> np.ndarray:
+    """Return (count, 32, 32, 3) sums of four plane waves, each sum of unit standard deviation."""
     grid = np.stack(np.meshgrid(np.arange(SIZE), np.arange(SIZE), indexing="ij"), -1) / SIZE
-    angle = rng.uniform(0, 2 * np.pi, (count, waves))
-    radius = rng.uniform(0.5 * frequency, frequency, (count, waves))
+    angle = rng.uniform(0, 2 * np.pi, (count, 4))
+    radius = rng.uniform(0.5 * frequency, frequency, (count, 4))
     k = 2 * np.pi * np.stack([radius * np.cos(angle), radius * np.sin(angle)], -1)
-    phase = np.einsum("yxd,cwd->cwyx", grid, k) + rng.uniform(0, 2 * np.pi, (count, waves, 1, 1))
-    color = rng.normal(size=(count, waves, 3))
+    phase = np.einsum("yxd,cwd->cwyx", grid, k) + rng.uniform(0, 2 * np.pi, (count, 4, 1, 1))
+    color = rng.normal(size=(count, 4, 3))
     pattern = np.einsum("cwyx,cwk->cyxk", np.cos(phase), color)
     return pattern / pattern.std(axis=(1, 2, 3), keepdims=True)
 
@@ -246,18 +223,12 @@ def synthetic(num_classes: int, *, train: int, test: int) -> Dataset:
     """Draw images that look nothing like photographs but behave like them under attack.
 
     A class is a large smooth pattern, which survives a perturbation of 8/255, and a faint fine
-    texture (about 3/255), which predicts the class perfectly and does not survive. Each image
-    shifts and fades the pattern, and adds a smooth background and pixel noise. The images depend on
-    nothing but the arguments.
-
-    Args:
-        num_classes: 10 or 100, or any other number.
-        train: Number of training images.
-        test: Number of test images.
+    texture (3/255), which predicts it perfectly and does not survive. Each image shifts and fades
+    the pattern, and adds a background and pixel noise. The same arguments give the same images.
     """
     rng = np.random.default_rng(num_classes)
-    shapes = _smooth_patterns(num_classes, 4, 2.0, rng)
-    textures = _smooth_patterns(num_classes, 4, 14.0, rng)
+    shapes = waves(num_classes, 2.0, rng)
+    textures = waves(num_classes, 14.0, rng)
     splits = []
     for count in (train, test):
         labels = rng.integers(num_classes, size=count)
@@ -267,20 +238,13 @@ def synthetic(num_classes: int, *, train: int, test: int) -> Dataset:
         cols = (np.arange(SIZE) + shift[:, 1:]) % SIZE
         pixels = fade * shapes[labels[:, None, None], rows[:, :, None], cols[:, None, :]]
         pixels += 0.012 * textures[labels]
-        backgrounds = _smooth_patterns(64, 4, 3.0, rng)
+        backgrounds = waves(64, 3.0, rng)
         pixels += 0.10 * backgrounds[rng.integers(64, size=count)]
         pixels += 0.03 * rng.normal(size=pixels.shape) + 0.5
         pixels = (pixels.clip(0, 1) * 255).round().astype(np.uint8)
         splits.append(Images(torch.from_numpy(pixels), torch.from_numpy(labels)))
     half, quarter = (0.5,) * 3, (0.25,) * 3
     return Dataset(f"synthetic{num_classes}", num_classes, half, quarter, *splits, "synthetic")
-
-
-def load(name: str, num_classes: int, data_dir: Path, use_synthetic: bool) -> Dataset:
-    """Return the dataset of a script, or the built-in synthetic images in its place."""
-    if use_synthetic:
-        return synthetic(num_classes, train=6000, test=1000)
-    return load_cifar(name, data_dir)
 
 
 # ------------------------------------------------------------------------------------------ batches
@@ -292,8 +256,10 @@ def split_held_out(images: Images, count: int) -> tuple[Images, Images]:
     Raises:
         ValueError: Nothing would be left to train on.
     """
-    if not 0 < count < len(images):
-        raise ValueError(f"--held-out {count}: must be between 1 and {len(images) - 1}")
+    if count >= len(images):
+        raise ValueError(
+            f"--held-out {count}: must be below {len(images)}, the number of training images"
+        )
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     order = order.to(images.labels.device)
     return images[order[count:]], images[order[:count]]

@@ -65,10 +65,9 @@ def parse_attack(text: str) -> Attack:
 
 
 def uniform_starts(x: Tensor, epsilon: float, seed: int) -> Tensor:
-    """Return the uniform starts of all images at once, on the CPU.
+    """Return the uniform starts of all images, on the CPU.
 
-    They depend on seed, epsilon and the image's place alone: neither on batch size, on device, nor
-    on which images are attacked.
+    An image's start depends on its place and the seed, on no batch size, device or other verdict.
     """
     generator = torch.Generator().manual_seed(seed)
     return attacks.start_point(x.cpu(), "uniform", epsilon, generator)
@@ -213,7 +212,7 @@ def accuracies(
     return {short: verdicts[attack][0].double().mean().item() for short, attack in chosen.items()}
 
 
-# -------------------------------------------------------------------------------------------- report
+# ------------------------------------------------------------------------------------------- report
 
 
 def evaluate(
@@ -229,9 +228,9 @@ def evaluate(
     """Measure a model under several attacks, with progress bars, and return the report.
 
     Args:
-        model: Maps (N, 3, H, W) images in [0, 1] to logits.
-        x: The images.
-        y: (N,) their labels.
+        model: Maps images in [0, 1] to logits.
+        x: (N, 3, H, W) images.
+        y: (N,) labels.
         names: Attacks, as ``parse_attack`` reads them.
         epsilon: Radius of the ball, a pixel fraction.
         batch_size: Images at a time.

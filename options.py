@@ -6,9 +6,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-DEFAULT_ATTACKS = "clean fgsm pgd-10 pgd-20 pgd-50 cw-20 cw-50".split()
+DEFAULT_ATTACKS = ["clean", "fgsm", "pgd-10", "pgd-20", "pgd-50", "cw-20", "cw-50"]
 PLAIN = dict(mixup_alpha=0.0, temperature=(1.0, 1.0), kl_weight=0.0, label_smoothing=0.0)
-# Baselines are settings of the same flags. ``alpha_ratio`` is the default of --alpha over --epsilon.
+# Baselines are settings of the same flags; alpha_ratio is the default of --alpha over --epsilon.
 BASELINES = {
     "fgsm_at": PLAIN | dict(delta_init="zero"),
     "fgsm_rs": PLAIN | dict(delta_init="uniform", alpha_ratio=1.25),
@@ -19,8 +19,8 @@ BASELINES = {
         hard_term="clean", kl_weight=6.0, kl_reference="clean", kl_gradient="both",
     ),
 }  # fmt: skip
-REPLACED = {  # flags of the published scripts whose meaning did not survive the corrected formulas
-    "lamda": "--kl-weight (the published quotient is not a divergence, so its weight does not carry over)",
+REPLACED = {  # flags of the published scripts whose meaning did not survive the right formulas
+    "lamda": "--kl-weight (the published quotient is no divergence: the weight does not carry over)",
     "ema_value": "--ema-decay (the average is updated at every step, without a gate)",
 }
 
@@ -43,24 +43,22 @@ def dashed(argv: list[str]) -> list[str]:
 
 
 def pixels(text: str) -> float:
-    """Return a size in units of 1/255 from ``8``, ``8/255`` or a fraction below 1 like ``0.03137``."""
-    number, slash, scale = text.partition("/")
-    value = float(number)
-    if slash:
-        value = 255 * value / float(scale)
-    elif value < 1:
-        value = 255 * value
+    """Return a size in 1/255 from ``8``, ``8/255`` or a fraction below 1 such as ``0.03137``."""
+    size, slash, scale = text.partition("/")
+    value = float(size)
+    if slash or value < 1:
+        value *= 255 / (float(scale or 1) or math.nan)
     if not 0 <= value <= 255:
-        raise argparse.ArgumentTypeError(f"{text}: a size in [0, 255], in units of 1/255")
+        raise argparse.ArgumentTypeError(f"{text}: not in [0, 255], in units of 1/255")
     return value
 
 
 def number(low: float, high: float = math.inf, kind: type = float) -> Callable[[str], float]:
-    """Return a parser of numbers in [low, high]."""
+    """Return a parser of finite numbers in [low, high]."""
 
     def parse(text: str) -> float:
         value = kind(text)
-        if not low <= value <= high:
+        if not (low <= value <= high and math.isfinite(value)):
             raise argparse.ArgumentTypeError(f"{text}: outside [{low:g}, {high:g}]")
         return value
 
@@ -82,31 +80,96 @@ def temperatures(text: str) -> tuple[float, float]:
     return values
 
 
+# fmt: off
 def add_shared(parser: Parser) -> None:
     """Add the flags that training and measuring have in common."""
-    group = parser.add_argument_group("data and machine")
-    group.add_argument(
-        "--data-dir",
-        type=Path,
-        default=Path("cifar-data"),
-        metavar="DIR",
-        help="folder of the unpacked official python archive (default %(default)s)",
-    )
-    group.add_argument(
-        "--synthetic", action="store_true", help="use the built-in synthetic images; needs no files"
-    )
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default auto)")
-    group.add_argument("--seed", type=count(0), default=0, help="(default %(default)s)")
-    group.add_argument(
-        "--out-dir",
-        type=Path,
-        default=Path("output"),
-        metavar="DIR",
-        help="where results go (default %(default)s)",
-    )
-    group.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add = parser.add_argument_group("data and machine").add_argument
+    add("--data-dir", type=Path, default=Path("cifar-data"), metavar="DIR",
+        help="folder of the unpacked official python archive (default %(default)s)")
+    add("--synthetic", action="store_true", help="use the built-in synthetic images (no files)")
+    add("--out-dir", type=Path, default=Path("output"), metavar="DIR",
+        help="where results go (default %(default)s)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default %(default)s)")
+    add("--seed", type=count(0), default=0, help="(default %(default)s)")
+    add("--debug", action="store_true", help="show the traceback of an error")
 
 
+def add_method(parser: Parser) -> None:
+    """Add the flags of the method and of the attack inside it."""
+    add = parser.add_argument_group("method").add_argument
+    add("--baseline", choices=BASELINES,
+        help="train another method instead: settings of the flags below")
+    add("--mixup-alpha", type=number(0), default=1.0, metavar="A",
+        help="lam ~ Beta(A, A); 0 is no mixup (default %(default)s)")
+    add("--temperature", type=temperatures, default=(2.0, 2.0), metavar="T",
+        help="T of the KL term: 2, or 4:1 for a line over the run")
+    add("--attack-temperature", type=temperatures, metavar="T",
+        help="T of the attack (default: that of --temperature)")
+    add("--kl-weight", type=number(0), default=4.0, metavar="W",
+        help="weight of the KL term; 0 is none (default %(default)s)")
+    add("--kl-reference", choices=("start", "clean", "ema"), default="start",
+        help="KL to the logits of the attack's start, of the unperturbed image, or of the averaged "
+        "weights there (default %(default)s)")
+    add("--kl-gradient", choices=("student", "both"), default="student",
+        help="whether a clean reference gets a gradient too, as in TRADES (default %(default)s)")
+    add("--hard-term", choices=("adversarial", "clean"), default="adversarial",
+        help="images of the cross-entropy term (default %(default)s)")
+    add("--label-smoothing", type=number(0, 1), default=0.0, metavar="S",
+        help="(default %(default)s)")
+    add("--factor", type=number(0, 1), metavar="F", help="label relaxation as in the published "
+        "scripts: sets --label-smoothing to (1 - F) K / (K - 1)")
+    add("--ema-decay", type=number(0, 0.999999), default=0.999, metavar="D",
+        help="decay of the weight average; 0 is none (default %(default)s)")
+    add = parser.add_argument_group("attack of the training step [sizes in 1/255]").add_argument
+    add("--epsilon", type=pixels, default=8.0, metavar="E", help="8, 8/255 or 0.03137 (default 8)")
+    add("--alpha", type=pixels, metavar="A", help="step size (default: epsilon; 1.25 epsilon for "
+        "fgsm_rs, epsilon / 4 for pgd_at and trades)")
+    add("--attack-steps", type=count(), default=1, metavar="K", help="(default %(default)s)")
+    add("--delta-init", choices=("zero", "uniform", "half", "noise"), default="half",
+        help="start: 0, U(-E, E), +-E/2, or U(-2E, 2E) unprojected (default %(default)s)")
+    add("--attack-target", choices=("labels", "clean"), default="labels",
+        help="raise the KL to the labels, or to the clean prediction as TRADES does")
+    parser.set_defaults(alpha_ratio=1.0)
+
+
+def add_optimisation(parser: Parser) -> None:
+    """Add the flags of the network and of its optimiser."""
+    add = parser.add_argument_group("network and optimisation").add_argument
+    add("--model", default="PreActResNet18",
+        help="network (default %(default)s; an unknown name lists all)")
+    add("--width", type=count(), metavar="C",
+        help="channels of a ResNet's first stage (default 64)")
+    add("--epochs", type=count(), default=110, help="(default %(default)s)")
+    add("--batch-size", type=count(2), default=128, help="(default %(default)s)")
+    add("--lr", "--lr-max", type=number(0), default=0.1,
+        help="highest learning rate (default %(default)s)")
+    add("--lr-min", type=number(0), default=0.0, help="lowest, where the schedule has one")
+    add("--lr-schedule", choices=("multistep", "cyclic", "onecycle", "cosine", "constant"),
+        default="multistep", help="multistep: a tenth from 99/110 of the run on, a hundredth from "
+        "104/110; cyclic: a triangle (default %(default)s)")
+    add("--lr-peak", type=number(0.001, 0.999), default=0.4, metavar="P",
+        help="part of the run at which cyclic and onecycle peak (default %(default)s)")
+    add("--momentum", type=number(0, 1), default=0.9, help="(default %(default)s)")
+    add("--weight-decay", type=number(0), default=5e-4, help="(default %(default)s)")
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto",
+        help="of training; auto: bf16 where the processor has it. Measuring is always fp32")
+
+
+def add_run(parser: Parser) -> None:
+    """Add the flags of the run: its folder, its images, when it stops."""
+    add = parser.add_argument_group("run").add_argument
+    add("--run-name", metavar="NAME",
+        help="folder below --out-dir (default: dataset, method and seed, numbered)")
+    add("--overwrite", action="store_true", help="replace the run of that name")
+    add("--held-out", type=count(), default=1000, metavar="N", help="training images kept aside "
+        "for the log and to choose the best epoch (default %(default)s)")
+    add("--train-images", type=count(2), metavar="N", help="train on N images (default: all)")
+    add("--early-stop", action="store_true", help="stop when the run collapses")
+    add("--lamda", type=float, help=argparse.SUPPRESS)
+    add("--EMA-value", type=float, dest="ema_value", help=argparse.SUPPRESS)
+
+
+# fmt: on
 def training_parser(doc: str, defaults: dict[str, object]) -> Parser:
     """Return the parser of a training script.
 
@@ -118,10 +181,8 @@ def training_parser(doc: str, defaults: dict[str, object]) -> Parser:
         KeyError: The table names a flag that does not exist.
     """
     parser = Parser(description=doc.split("\n\n")[0], allow_abbrev=False)
-    _add_method(parser)
-    _add_optimisation(parser)
-    _add_run(parser)
-    add_shared(parser)
+    for add in (add_method, add_optimisation, add_run, add_shared):
+        add(parser)
     known = {action.dest for action in parser._actions}
     unknown = [key for key in defaults if key not in known]
     if unknown:
@@ -130,176 +191,12 @@ def training_parser(doc: str, defaults: dict[str, object]) -> Parser:
     return parser
 
 
-def _add_method(parser: Parser) -> None:
-    group = parser.add_argument_group("method")
-    add = group.add_argument
-    add(
-        "--baseline",
-        choices=BASELINES,
-        help="train another method instead: settings of the flags below",
-    )
-    add(
-        "--mixup-alpha",
-        type=number(0),
-        default=1.0,
-        metavar="A",
-        help="lam ~ Beta(A, A); 0 is no mixup (default %(default)s)",
-    )
-    add(
-        "--temperature",
-        type=temperatures,
-        default=(2.0, 2.0),
-        metavar="T",
-        help="T of the KL term: 2, or 4:1 for a line over the run",
-    )
-    add(
-        "--attack-temperature",
-        type=temperatures,
-        metavar="T",
-        help="T of the attack (default: that of --temperature)",
-    )
-    add(
-        "--kl-weight",
-        type=number(0),
-        default=4.0,
-        metavar="W",
-        help="weight of the KL term; 0 is none (default %(default)s)",
-    )
-    add(
-        "--kl-reference",
-        choices=("start", "clean", "ema"),
-        default="start",
-        help="KL to the logits of the attack's start, of the clean image, or of the averaged weights there "
-        "(default %(default)s)",
-    )
-    add(
-        "--kl-gradient",
-        choices=("student", "both"),
-        default="student",
-        help="whether the reference gets a gradient too, as in TRADES",
-    )
-    add(
-        "--hard-term",
-        choices=("adversarial", "clean"),
-        default="adversarial",
-        help="images of the cross-entropy term (default %(default)s)",
-    )
-    add(
-        "--label-smoothing",
-        type=number(0, 1),
-        default=0.0,
-        metavar="S",
-        help="(default %(default)s)",
-    )
-    add(
-        "--factor",
-        type=number(0, 1),
-        metavar="F",
-        help="label relaxation of the published scripts: sets --label-smoothing to (1 - F) K / (K - 1)",
-    )
-    add(
-        "--ema-decay",
-        type=number(0, 0.999999),
-        default=0.999,
-        metavar="D",
-        help="decay of the weight average; 0 is none (default %(default)s)",
-    )
-    group = parser.add_argument_group("attack of the training step [sizes in 1/255]")
-    add = group.add_argument
-    add("--epsilon", type=pixels, default=8.0, metavar="E", help="8, 8/255 or 0.03137 (default 8)")
-    add(
-        "--alpha",
-        type=pixels,
-        metavar="A",
-        help="step size (default: epsilon; 1.25 epsilon for "
-        "fgsm_rs, epsilon / 4 for pgd_at and trades)",
-    )
-    add("--attack-steps", type=count(), default=1, metavar="K", help="(default %(default)s)")
-    add(
-        "--delta-init",
-        choices=("zero", "uniform", "half", "noise"),
-        default="half",
-        help="start: zero, U(-eps, eps), +-eps/2, or U(-2 eps, 2 eps) unprojected (default %(default)s)",
-    )
-    add(
-        "--attack-target",
-        choices=("labels", "clean"),
-        default="labels",
-        help="raise the KL to the labels, or to the clean prediction as TRADES does",
-    )
-    parser.set_defaults(alpha_ratio=1.0)
-
-
-def _add_optimisation(parser: Parser) -> None:
-    group = parser.add_argument_group("network and optimisation")
-    add = group.add_argument
-    add(
-        "--model",
-        default="PreActResNet18",
-        help="network (default %(default)s; an unknown name lists all)",
-    )
-    add(
-        "--width", type=count(), metavar="C", help="channels of a ResNet's first stage (default 64)"
-    )
-    add("--epochs", type=count(), default=110, help="(default %(default)s)")
-    add("--batch-size", type=count(2), default=128, help="(default %(default)s)")
-    add(
-        "--lr",
-        "--lr-max",
-        type=number(0),
-        default=0.1,
-        help="highest learning rate (default %(default)s)",
-    )
-    add("--lr-min", type=number(0), default=0.0, help="lowest, where the schedule has one")
-    add(
-        "--lr-schedule",
-        choices=("multistep", "cyclic", "onecycle", "cosine", "constant"),
-        default="multistep",
-        help="multistep: a tenth at 99/110 of the run, a hundredth at 104/110; cyclic: a triangle",
-    )
-    add(
-        "--lr-peak",
-        type=number(0.001, 0.999),
-        default=0.4,
-        metavar="P",
-        help="part of the run at which cyclic and onecycle peak (default %(default)s)",
-    )
-    add("--momentum", type=number(0, 1), default=0.9, help="(default %(default)s)")
-    add("--weight-decay", type=number(0), default=5e-4, help="(default %(default)s)")
-    add(
-        "--precision",
-        choices=("auto", "fp32", "bf16"),
-        default="auto",
-        help="of training; auto: bf16 where the processor has it. Measuring is always fp32",
-    )
-
-
-def _add_run(parser: Parser) -> None:
-    group = parser.add_argument_group("run")
-    add = group.add_argument
-    add(
-        "--run-name",
-        metavar="NAME",
-        help="folder below --out-dir (default: dataset, method, seed, numbered)",
-    )
-    add("--overwrite", action="store_true", help="replace the run of that name")
-    add(
-        "--held-out",
-        type=count(),
-        default=1000,
-        metavar="N",
-        help="training images kept aside for the log and to choose the best epoch (default %(default)s)",
-    )
-    add(
-        "--train-images", type=count(2), metavar="N", help="train on N of the images (default: all)"
-    )
-    add("--early-stop", action="store_true", help="stop when the run collapses")
-    add("--lamda", type=float, help=argparse.SUPPRESS)
-    add("--EMA-value", type=float, dest="ema_value", help=argparse.SUPPRESS)
-
-
 def parse_training(argv: list[str], doc: str, defaults: dict[str, object]) -> argparse.Namespace:
-    """Return the flags of a training run: explicit ones over the baseline's over the script's."""
+    """Return the flags of a training run: explicit ones over the baseline's over the script's.
+
+    Raises:
+        ValueError: Two flags contradict each other.
+    """
     parser, argv = training_parser(doc, defaults), dashed(argv)
     args = parser.parse_args(argv)
     if args.baseline:
@@ -307,56 +204,40 @@ def parse_training(argv: list[str], doc: str, defaults: dict[str, object]) -> ar
         args = parser.parse_args(argv)
     for name, replacement in REPLACED.items():
         if vars(args).pop(name) is not None:
-            print(f"note: --{name} has no effect; it is replaced by {replacement}", file=sys.stderr)
+            print(f"note: --{name} has no effect; {replacement} replaces it", file=sys.stderr)
     ratio = vars(args).pop("alpha_ratio")
     args.alpha = args.epsilon * ratio if args.alpha is None else args.alpha
     args.attack_temperature = args.attack_temperature or args.temperature
     args.method = args.baseline or "mix_kl"
+    if args.kl_weight > 0 and args.kl_reference == "ema" and args.ema_decay == 0:
+        raise ValueError("--kl-reference ema: needs an --ema-decay above 0")
+    if args.attack_target == "clean" and args.delta_init == "zero":
+        raise ValueError("--attack-target clean: its gradient is 0 there; choose a --delta-init")
     return args
 
 
+# fmt: off
 def measuring_parser(doc: str) -> Parser:
     """Return the parser of a measuring script."""
     parser = Parser(description=doc.split("\n\n")[0], allow_abbrev=False)
-    group = parser.add_argument_group("what to measure")
-    add = group.add_argument
-    add(
-        "--model-path",
-        type=Path,
-        required=True,
-        metavar="FILE",
-        help="checkpoint (.pth) to measure",
-    )
-    add(
-        "--attacks",
-        nargs="+",
-        default=DEFAULT_ATTACKS,
-        metavar="NAME",
-        help="clean, fgsm, fgsm-rs, pgd-STEPS, pgd-STEPS-RESTARTS, cw-STEPS "
-        f"(default {' '.join(DEFAULT_ATTACKS)})",
-    )
-    add(
-        "--epsilon",
-        type=pixels,
-        default=8.0,
-        metavar="E",
-        help="[1/255]: 8, 8/255 or 0.03137 (default 8)",
-    )
+    add = parser.add_argument_group("what to measure").add_argument
+    add("--model-path", type=Path, required=True, metavar="FILE", help="checkpoint (.pth)")
+    add("--attacks", nargs="+", default=DEFAULT_ATTACKS, metavar="NAME",
+        help="clean, fgsm, fgsm-rs, pgd-STEPS, pgd-STEPS-RESTARTS, cw-STEPS (default: "
+        f"{' '.join(DEFAULT_ATTACKS)})")
+    add("--epsilon", type=pixels, default=8.0, metavar="E",
+        help="[1/255]: 8, 8/255 or 0.03137 (default 8)")
     add("--n-examples", type=count(), metavar="N", help="the first N test images (default: all)")
-    add(
-        "--weights",
-        choices=("raw", "ema"),
-        help="which set of the file (default: the one it selects)",
-    )
-    add("--model", help="network of a file that does not say it (a bare state dict)")
-    add(
-        "--width", type=count(), metavar="C", help="its width, where it is a ResNet not of width 64"
-    )
+    add("--weights", choices=("raw", "ema"),
+        help="which set of the file (default: the one it selects)")
+    add("--model", help="network of a file that does not name it (a bare state dict)")
+    add("--width", type=count(), metavar="C", help="its width, where it is a ResNet and not 64")
     add("--batch-size", type=count(), default=256, help="images at a time (default %(default)s)")
     add_shared(parser)
     return parser
 
 
+# fmt: on
 def parse_measuring(argv: list[str], doc: str) -> argparse.Namespace:
     """Return the flags of a measurement."""
     return measuring_parser(doc).parse_args(dashed(argv))

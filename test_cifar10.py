@@ -30,7 +30,7 @@ def main(argv: list[str]) -> None:
     model = model.to(device, memory_format=torch.channels_last)
 
     dataset = data.load(DATASET, NUM_CLASSES, args.data_dir, args.synthetic)
-    images = dataset.test[: args.n_examples].to(device)
+    images = dataset.test.first(args.n_examples, "--n-examples").to(device)
     facts = {"checkpoint": str(args.model_path), "weights": weights, "model": name}
     facts |= {"dataset": dataset.name, "origin": dataset.origin}
     print(f"{args.model_path} ({name}, {weights} weights) on {len(images):,} test images of "

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# ------------------------------------------------------------------------------------------ labels
+# ------------------------------------------------------------------------------------------- labels
 
 
 def draw_lam(alpha: float, like: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ def smoothing_of_factor(factor: float, num_classes: int) -> float:
     return (1 - factor) * num_classes / (num_classes - 1)
 
 
-# ---------------------------------------------------------------------------------------- divergence
+# --------------------------------------------------------------------------------------- divergence
 
 
 def temperature_kl(student: Tensor, teacher: Tensor, temperature: float | Tensor) -> Tensor:
@@ -69,7 +69,7 @@ def temperature_kl(student: Tensor, teacher: Tensor, temperature: float | Tensor
     return temperature**2 * F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
 
 
-# ---------------------------------------------------------------------------------- weight averaging
+# --------------------------------------------------------------------------------- weight averaging
 
 
 class WeightAverage:
@@ -112,7 +112,7 @@ def statistics_held(model: nn.Module) -> Iterator[None]:
             layer.track_running_stats = tracked
 
 
-# ----------------------------------------------------------------------------------------- schedules
+# ---------------------------------------------------------------------------------------- schedules
 
 Schedule = Callable[[float], float]  # progress of the run in [0, 1] -> value
 
@@ -133,7 +133,7 @@ def cosine(lr: float, lr_min: float) -> Schedule:
 
 
 def one_cycle(lr: float, lr_min: float, rise: float) -> Schedule:
-    """Return half a cosine from lr/25 up to ``lr``, and one down to ``lr_min``, arXiv:1708.07120."""
+    """Return half a cosine from lr/25 up to ``lr``, then one to ``lr_min``, arXiv:1708.07120."""
     up, down = cosine(lr / 25, lr), cosine(lr, lr_min)
     return lambda t: up(t / rise) if t < rise else down((t - rise) / (1 - rise))
 
@@ -152,7 +152,7 @@ def line(first: float, last: float) -> Schedule:
     return lambda t: first + (last - first) * t
 
 
-# ------------------------------------------------------------------------------------ this process
+# ------------------------------------------------------------------------------------- this process
 
 
 def seed_everything(seed: int) -> None:

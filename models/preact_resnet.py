@@ -35,7 +35,7 @@ class PreActBlock(nn.Module):
 
 
 class PreActResNet(nn.Module):
-    """Four stages of pre-activation blocks; each later stage halves the image and doubles the width."""
+    """Four stages of pre-activation blocks, each half as large and twice as wide as the last."""
 
     def __init__(
         self,

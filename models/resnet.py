@@ -12,7 +12,7 @@ class BasicBlock(nn.Module):
     """Two 3x3 convolutions with batch norm, and a shortcut added before the last ReLU."""
 
     def __init__(self, in_planes: int, planes: int, stride: int) -> None:
-        """Make a block; the shortcut is a 1x1 convolution and batch norm where the shape changes."""
+        """Make a block; the shortcut is a 1x1 convolution and batch norm where shapes differ."""
         super().__init__()
         self.conv1 = nn.Conv2d(in_planes, planes, 3, stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(planes)
@@ -48,7 +48,7 @@ def stages(
 
 
 class ResNet(nn.Module):
-    """Four stages of basic blocks; each later stage halves the image and doubles the width."""
+    """Four stages of basic blocks, each half as large and twice as wide as the last."""
 
     def __init__(
         self,

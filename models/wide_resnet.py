@@ -9,7 +9,7 @@ from models.normalize import Normalize
 
 
 class WideBlock(nn.Module):
-    """Two 3x3 convolutions behind batch norm and ReLU; the shortcut starts behind the first ReLU."""
+    """Two 3x3 convolutions, each behind batch norm and ReLU, and a shortcut around them."""
 
     def __init__(self, in_planes: int, planes: int, stride: int) -> None:
         """Make a block; the shortcut is a 1x1 convolution where the number of channels changes."""
