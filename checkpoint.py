@@ -136,7 +136,7 @@ def facts(
         name: Name of the network.
         network: What it was built with: ``num_classes``, ``mean``, ``std``.
     """
-    versions = {"torch": torch.__version__, "python": platform.python_version()}
+    versions = {"torch": str(torch.__version__), "python": platform.python_version()}
     return network | {
         "model": name, "width": args.width, "dataset": dataset, "args": plain(args),
         "versions": versions, "commit": commit(),

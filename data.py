@@ -257,9 +257,7 @@ def split_held_out(images: Images, count: int) -> tuple[Images, Images]:
         ValueError: Nothing would be left to train on.
     """
     if count >= len(images):
-        raise ValueError(
-            f"--held-out {count}: must be below {len(images)}, the number of training images"
-        )
+        raise ValueError(f"--held-out {count}: there are only {len(images)} training images")
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     order = order.to(images.labels.device)
     return images[order[count:]], images[order[:count]]

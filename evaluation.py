@@ -266,7 +266,11 @@ def machine(device: torch.device) -> dict[str, str]:
     elif Path("/proc/cpuinfo").exists():
         models = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
         hardware = f"{len(models)} x {models[0]}" if models else hardware
-    return {"hardware": hardware, "torch": torch.__version__, "python": platform.python_version()}
+    return {
+        "hardware": hardware,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+    }
 
 
 def table(report: dict[str, object]) -> str:

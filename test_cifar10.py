@@ -1,6 +1,8 @@
 """Measure a CIFAR-10 checkpoint: clean, FGSM, PGD and CW accuracy, and the worst case of them.
 
-python3 test_cifar10.py --model_path model.pth --out_dir ./output/ --data-dir cifar-data
+    python3 test_cifar10.py --model_path model.pth --out_dir ./output/ --data-dir cifar-data
+
+The file says which network it holds; ``evaluation.py`` says what each attack is.
 """
 
 import torch

@@ -45,7 +45,12 @@ def smoothing_of_factor(factor: float, num_classes: int) -> float:
 
     Relaxation gives the right class ``factor`` and shares the rest among the K - 1 others; label
     smoothing shares s among all K. They are the same labels where s = (1 - factor) K / (K - 1).
+
+    Raises:
+        ValueError: The right class would get less than chance.
     """
+    if factor < 1 / num_classes:
+        raise ValueError(f"--factor {factor}: below chance, 1/{num_classes}")
     return (1 - factor) * num_classes / (num_classes - 1)
 
 

@@ -1,0 +1,79 @@
+"""Train a robust CIFAR-100 classifier with MIX-KL: Mixup, temperature-scaled KL, one FGSM step.
+
+    python3 MIX_KL_CIFAR100.py --out_dir ./output/ --data-dir cifar-data
+
+The method is ``engine.mix_kl_step``; this script chooses data, network and attack.
+"""
+
+from functools import partial
+
+import torch
+
+import attacks
+import checkpoint
+import data
+import engine
+import evaluation
+import options
+import utils
+from models import build_model, canonical_name
+
+DATASET = "cifar100"
+NUM_CLASSES = 100
+DEFAULTS = dict(
+    model="PreActResNet18",
+    epochs=110,
+    batch_size=128,
+    lr=0.2,
+    lr_schedule="cyclic",
+    lr_peak=20 / 110,
+    mixup_alpha=0.2,
+    temperature=(2.0, 2.0),
+    kl_weight=4.0,
+    ema_decay=0.999,
+)
+
+
+def main(argv: list[str]) -> None:
+    """Parse the flags, build the pieces, train."""
+    args = options.parse_training(argv, __doc__, DEFAULTS)
+    args.num_classes = NUM_CLASSES
+    if args.factor is not None:
+        args.label_smoothing = utils.smoothing_of_factor(args.factor, NUM_CLASSES)
+    name = canonical_name(args.model)
+    device = utils.pick_device(args.device)
+    args.dtype = utils.pick_precision(args.precision, device)
+    utils.keep_freed_memory()
+    utils.seed_everything(args.seed)
+
+    dataset = data.load(DATASET, NUM_CLASSES, args.data_dir, args.synthetic)
+    train, held_out = data.split_held_out(dataset.train.to(device), args.held_out)
+    batches = data.TrainingBatches(
+        train.first(args.train_images, "--train-images"), args.batch_size
+    )
+    network = dict(num_classes=NUM_CLASSES, mean=dataset.mean, std=dataset.std)
+    model = build_model(name, width=args.width, **network)
+    model = model.to(device, memory_format=torch.channels_last)
+
+    # From here on sizes are pixel fractions: this is the only place that divides by 255.
+    epsilon, alpha = args.epsilon / 255, args.alpha / 255
+    attack = partial(
+        attacks.craft, epsilon=epsilon, alpha=alpha, steps=args.attack_steps, start=args.delta_init
+    )
+    names = {"clean": "clean", "fgsm": "fgsm", "pgd10": "pgd-10"}
+    measure = partial(
+        evaluation.accuracies, x=held_out.as_float(), y=held_out.labels, names=names,
+        epsilon=epsilon, batch_size=250, seed=0,
+    )  # fmt: skip
+
+    folder = checkpoint.start_run(args, f"{dataset.name}-{args.method}-seed{args.seed}")
+    facts = checkpoint.facts(args, dataset.name, name, network)
+    print(f"{args.method} on {len(batches.labels):,} images of {dataset.name} ({dataset.origin}), "
+          f"{name}, {device}, {args.dtype}; results in {folder}")  # fmt: skip
+    engine.train(
+        model, batches, attack=attack, measure=measure, args=args, facts=facts, folder=folder
+    )
+
+
+if __name__ == "__main__":
+    options.run(main)

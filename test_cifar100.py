@@ -1,0 +1,52 @@
+"""Measure a CIFAR-100 checkpoint: clean, FGSM, PGD and CW accuracy, and the worst case of them.
+
+    python3 test_cifar100.py --model_path model.pth --out_dir ./output/ --data-dir cifar-data
+
+The file says which network it holds; ``evaluation.py`` says what each attack is.
+"""
+
+import torch
+
+import checkpoint
+import data
+import evaluation
+import options
+import utils
+from models import build_model
+
+DATASET = "cifar100"
+NUM_CLASSES = 100
+
+
+def main(argv: list[str]) -> None:
+    """Load the checkpoint, attack the test images, print and write the report."""
+    args = options.parse_measuring(argv, __doc__)
+    names = [evaluation.parse_attack(name).name for name in args.attacks]
+    device = utils.pick_device(args.device)
+    utils.keep_freed_memory()
+
+    saved = checkpoint.load(args.model_path)
+    name, network = checkpoint.architecture(saved, args, NUM_CLASSES)
+    model = build_model(name, **network)
+    weights = checkpoint.load_weights(model, saved, args.weights, args.model_path)
+    model = model.to(device, memory_format=torch.channels_last)
+
+    dataset = data.load(DATASET, NUM_CLASSES, args.data_dir, args.synthetic)
+    images = dataset.test.first(args.n_examples, "--n-examples").to(device)
+    facts = {"checkpoint": str(args.model_path), "weights": weights, "model": name}
+    facts |= {"dataset": dataset.name, "origin": dataset.origin}
+    print(f"{args.model_path} ({name}, {weights} weights) on {len(images):,} test images of "
+          f"{dataset.name} ({dataset.origin}), eps {args.epsilon:g}/255, {device}")  # fmt: skip
+
+    # From here on sizes are pixel fractions: this is the only place that divides by 255.
+    report = facts | evaluation.evaluate(
+        model, images.as_float(), images.labels, names,
+        epsilon=args.epsilon / 255, batch_size=args.batch_size, seed=args.seed,
+    )  # fmt: skip
+    print(evaluation.table(report))
+    stem = f"{args.model_path.resolve().parent.name}-{args.model_path.stem}-report"
+    print(f"report: {evaluation.write(report, args.out_dir, stem)}")
+
+
+if __name__ == "__main__":
+    options.run(main)

@@ -1,0 +1,314 @@
+"""The step against textbook loops, its cost in FLOPs, and what a run leaves behind."""
+
+import csv
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import SmallNet, flops
+from torch.nn import functional as F
+
+import attacks
+import engine
+import options
+import utils
+from models import build_model
+
+EPS = 8 / 255
+
+
+def flags(*words):
+    args = options.parse_training(list(words), "doc", {})
+    args.num_classes, args.dtype = 10, torch.float32
+    return args
+
+
+def attack_of(args):
+    return partial(
+        attacks.craft, epsilon=args.epsilon / 255, alpha=args.alpha / 255,
+        steps=args.attack_steps, start=args.delta_init,
+    )  # fmt: skip
+
+
+def one_step(model, x, y, args, average=None, T=None):
+    T, T_a = T or args.temperature[0], args.attack_temperature[0]
+    return engine.mix_kl_step(model, average, x, y, T=T, T_a=T_a, attack=attack_of(args), args=args)
+
+
+def textbook_fgsm(model, x, y, eta, alpha, radius):
+    adv = (x + eta).clamp(0, 1).requires_grad_()
+    (grad,) = torch.autograd.grad(F.cross_entropy(model(adv), y), adv)
+    delta = (adv.detach() + alpha * grad.sign() - x).clamp(-radius, radius)
+    return (x + delta).clamp(0, 1)
+
+
+@pytest.mark.parametrize("name", ["fgsm_at", "fgsm_rs", "n_fgsm"])
+def test_baselines_are_the_textbook_loops_bit_by_bit(name, batch):
+    """Three optimiser steps of ours and of the loop in the paper, losses compared by equality."""
+    args, losses = flags("--baseline", name), []
+    x, y = batch
+    for ours in (True, False):
+        torch.manual_seed(0)
+        model = build_model("PreActResNet18", num_classes=10, width=4).train()
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        for _ in range(3):
+            if ours:
+                loss, _, _ = one_step(model, x, y, args)
+            else:
+                size = {"fgsm_at": 0, "fgsm_rs": EPS, "n_fgsm": 2 * EPS}[name]
+                eta = torch.empty_like(x).uniform_(-1, 1) * size if size else torch.zeros_like(x)
+                alpha = 10 / 255 if name == "fgsm_rs" else EPS
+                radius = float("inf") if name == "n_fgsm" else EPS
+                adv = textbook_fgsm(model, x, y, eta, alpha, radius)
+                loss = F.cross_entropy(model(adv), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    assert losses[:3] == losses[3:] and len(set(losses)) == 3
+
+
+def test_plain_flags_are_fgsm_rs(batch):
+    words = ["--mixup-alpha", "0", "--temperature", "1", "--kl-weight", "0"]
+    plain = flags(*words, "--delta-init", "uniform", "--alpha", "10")
+    results = []
+    for args in (plain, flags("--baseline", "fgsm_rs")):
+        torch.manual_seed(1)
+        results.append(one_step(SmallNet().train(), *batch, args)[0].item())
+    assert results[0] == results[1]
+
+
+def test_the_whole_method_is_its_formula(batch):
+    """Mixup, T of the attack, smoothed hard term and KL to the start, written out."""
+    x, y = batch
+    args = flags("--mixup-alpha", "1", "--temperature", "3", "--attack-temperature", "5",
+                 "--kl-weight", "2", "--label-smoothing", "0.1")  # fmt: skip
+    torch.manual_seed(0)
+    model = SmallNet().train()
+    rng = torch.get_rng_state()
+    loss, hard, kl = one_step(model, x, y, args)
+
+    torch.set_rng_state(rng)
+    lam = utils.draw_lam(1.0, x)
+    order = torch.randperm(len(x))
+    labels = F.one_hot(y, 10).float()
+    x_, y_ = (lam * a + (1 - lam) * a[order] for a in (x, labels))
+    start = (x_ + EPS / 2 * torch.empty_like(x_).uniform_(-1, 1).sign()).clamp(0, 1)
+    start.requires_grad_()
+    logits = model(start)
+    q = (logits / 5).softmax(1)
+    divergence = (torch.xlogy(y_, y_) - y_ * q.log()).sum()
+    (grad,) = torch.autograd.grad(divergence, start)
+    adv = (x_ + (start.detach() + EPS * grad.sign() - x_).clamp(-EPS, EPS)).clamp(0, 1)
+    out = model(adv)
+    y_hat = 0.9 * y_ + 0.1 / 10
+    hard_ = -(y_hat * out.log_softmax(1)).sum(1).mean()
+    p, r = (logits.detach() / 3).softmax(1), (out / 3).softmax(1)
+    kl_ = 9 * (p * (p.log() - r.log())).sum(1).mean()
+    torch.testing.assert_close(hard, hard_, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(kl, kl_, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(loss, hard + 2 * kl)
+
+
+def test_trades_is_its_formula(batch):
+    x, y = batch
+    args = flags("--baseline", "trades")
+    torch.manual_seed(0)
+    model = SmallNet().train()
+    rng = torch.get_rng_state()
+    loss, _, _ = one_step(model, x, y, args)
+    ours = torch.autograd.grad(loss, list(model.parameters()))
+
+    torch.set_rng_state(rng)
+    clean = model(x)
+    adv = (x + torch.empty_like(x).uniform_(-1, 1) * EPS).clamp(0, 1)
+    for _ in range(10):
+        adv.requires_grad_()
+        raised = F.kl_div(model(adv).log_softmax(1), clean.detach().softmax(1), reduction="sum")
+        (grad,) = torch.autograd.grad(raised, adv)
+        adv = attacks.project(adv.detach() + EPS / 4 * grad.sign(), x, EPS)
+    kl = F.kl_div(model(adv).log_softmax(1), clean.softmax(1), reduction="batchmean")
+    expected = F.cross_entropy(clean, y) + 6 * kl
+    torch.testing.assert_close(loss, expected)
+    theirs = torch.autograd.grad(expected, list(model.parameters()))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("reference", ["start", "clean", "ema"])
+def test_the_reference_gets_no_gradient_and_is_the_right_pass(reference, batch):
+    x, y = batch
+    args = flags("--kl-reference", reference, "--mixup-alpha", "0", "--delta-init", "zero")
+    torch.manual_seed(0)
+    model = SmallNet().train()
+    average = utils.WeightAverage(SmallNet(), 0.9)
+    loss, hard, kl = one_step(model, x, y, args, average.model)
+    (grad,) = torch.autograd.grad(kl, model.linear.weight, retain_graph=True)
+    with utils.statistics_held(model):
+        teacher = (average.model(x) if reference == "ema" else model(x)).detach()
+        adv, _ = attack_of(args)(model, x, lambda z: F.cross_entropy(z / 2, y, reduction="sum"))
+        expected = utils.temperature_kl(model(adv), teacher, 2.0)
+    torch.testing.assert_close(kl, expected)
+    torch.testing.assert_close(grad, torch.autograd.grad(expected, model.linear.weight)[0])
+    torch.testing.assert_close(loss, hard + 4 * kl)
+
+
+@pytest.mark.parametrize("words, cost", [
+    ([], 5),
+    (["--kl-reference", "clean"], 6),
+    (["--kl-reference", "ema"], 6),
+    (["--baseline", "fgsm_rs"], 5),
+    (["--baseline", "pgd_at"], 23),
+    (["--baseline", "trades"], 26),
+])  # fmt: skip
+def test_a_step_costs_what_the_readme_says(words, cost):
+    x, y = torch.rand(4, 3, 32, 32), torch.arange(4)
+    model = build_model("PreActResNet18", num_classes=10, width=16).train()
+    average = utils.WeightAverage(model, 0.9).model
+    forward = flops(lambda: model(x))
+    args = flags(*words)
+    total = flops(lambda: one_step(model, x, y, args, average)[0].backward())
+    assert total / forward == pytest.approx(cost, rel=0.01)
+    craft = flops(lambda: attack_of(flags())(model, x, lambda z: F.cross_entropy(z, y)))
+    assert craft / forward == pytest.approx(2, rel=0.01)
+
+
+@pytest.mark.parametrize("reference", ["start", "clean", "ema"])
+def test_every_weight_learns_under_bf16_autocast(reference, batch):
+    """Autocast can hand a pass weights that another pass cast without a gradient."""
+    x, y = batch
+    model = build_model("PreActResNet18", num_classes=10, width=4).train()
+    args = flags("--kl-reference", reference)
+    average = utils.WeightAverage(model, 0.9)
+    args.dtype, args.epochs = torch.bfloat16, 1
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    before = {key: value.clone() for key, value in model.named_parameters()}
+    row = engine.train_one_epoch(
+        model, average, optimizer, [(x, y)], 1, attack=attack_of(args), args=args
+    )
+    assert all(not torch.equal(value, before[key]) for key, value in model.named_parameters())
+    assert row["loss"] == pytest.approx(row["hard_loss"] + 4 * row["kl"], rel=1e-3)
+
+
+def test_only_the_training_pass_records_statistics(batch):
+    model = SmallNet().train()
+    one_step(model, *batch, flags("--kl-reference", "clean"))
+    assert model.bn1.num_batches_tracked == 1
+
+
+def rows_of(pgd, fgsm=None):
+    fgsm = fgsm or [0.5] * len(pgd)
+    return [{"pgd10_acc": p, "fgsm_acc": f} for p, f in zip(pgd, fgsm, strict=True)]
+
+
+@pytest.mark.parametrize("pgd, fgsm, verdict", [
+    ([0.40, 0.42, 0.01], None, True),  # at once
+    ([0.40, 0.25, 0.15], None, True),  # within two epochs
+    ([0.40, 0.33, 0.27, 0.22], None, False),  # slowly: robust overfitting, not a collapse
+    ([0.40, 0.42, 0.25], None, False),  # by less than half
+    ([0.40, 0.42, 0.01], [0.5, 0.5, 0.1], False),  # FGSM fell as well: the network is just worse
+    ([0.04, 0.00], None, False),  # noise
+    ([0.10, 0.20, 0.30], None, False),
+    ([0.00], None, False),
+])  # fmt: skip
+def test_a_collapse_is_announced_and_nothing_else_is(pgd, fgsm, verdict):
+    assert engine.collapsed(rows_of(pgd, fgsm)) is verdict
+
+
+class Batches(list):
+    """Two fixed batches."""
+
+
+@pytest.fixture
+def tiny_run(tmp_path, batch):
+    def run(name, *words, pgd=None):
+        args = flags("--epochs", "3", *words)
+        torch.manual_seed(args.seed)
+        model = SmallNet()
+        folder = tmp_path / name
+        folder.mkdir()
+        measured = iter(pgd or [])
+
+        def measure(net):
+            with torch.no_grad():
+                clean = (net(batch[0]).argmax(1) == batch[1]).float().mean().item()
+            return {"clean": clean, "fgsm": 0.5, "pgd10": next(measured, 0.25)}
+
+        facts = {"model": "small", "num_classes": 10, "dataset": "none"}
+        engine.train(
+            model, Batches([batch, batch]), attack=attack_of(args), measure=measure, args=args,
+            facts=facts, folder=folder,
+        )  # fmt: skip
+        with (folder / "log.csv").open() as file:
+            return folder, list(csv.DictReader(file)), model
+
+    return run
+
+
+def test_a_run_leaves_log_curves_and_checkpoints(tiny_run):
+    import checkpoint
+
+    pgd = [0.3, 0.2, 0.5, 0.1, 0.4, 0.3]  # raw and averaged by turns
+    folder, rows, model = tiny_run("run", pgd=pgd)
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
+    assert {"lr", "loss", "hard_loss", "kl", "clean_acc", "ema_pgd10_acc", "collapse"} <= set(
+        rows[0]
+    )
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    best = checkpoint.load(folder / "best_model.pth")
+    assert (best["epoch"], best["selected"]) == (2, "raw")
+    final = checkpoint.load(folder / "final_model.pth")
+    assert (final["epoch"], final["selected"]) == (3, "ema")
+    assert all(torch.equal(v, final["raw"][k]) for k, v in model.state_dict().items())
+    assert not torch.equal(final["raw"]["conv1.weight"], final["ema"]["conv1.weight"])
+
+
+def test_the_same_seed_gives_the_same_log_but_for_seconds(tiny_run):
+    def without_seconds(rows):
+        return [{k: v for k, v in row.items() if not k.endswith("seconds")} for row in rows]
+
+    first, second, other = (
+        without_seconds(tiny_run(str(i), "--seed", seed)[1]) for i, seed in enumerate("001")
+    )
+    assert first == second != other
+
+
+def test_early_stop_stops_at_the_collapse_and_says_so(tiny_run, capsys):
+    _, rows, _ = tiny_run("stop", "--early-stop", "--ema-decay", "0", pgd=[0.4, 0.0, 0.0])
+    shown = capsys.readouterr().out
+    assert [row["collapse"] for row in rows] == ["0", "1"]
+    assert "COLLAPSE: catastrophic overfitting" in shown and "stopped after epoch 2" in shown
+    assert "ema_clean_acc" not in rows[0]
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tiny_run):
+    with pytest.raises(ValueError, match=r"epoch 1: the loss is .*--lr"):
+        tiny_run("nan", "--lr", "1e30")
+
+
+def test_the_schedules_reach_the_optimiser(tiny_run):
+    words = ["--lr", "0.4", "--lr-schedule", "cyclic", "--lr-peak", "0.5", "--temperature", "4:1"]
+    _, rows, _ = tiny_run("lr", *words)
+    # The log holds the last batch's: progress 1/6, 3/6, 5/6 of three epochs of two batches.
+    assert [float(row["lr"]) for row in rows] == pytest.approx([0.4 / 3, 0.4, 0.4 / 3])
+    assert [float(row["temperature"]) for row in rows] == pytest.approx([3.5, 2.5, 1.5])
+
+
+def test_the_line_of_an_epoch_shows_percentages():
+    row = dict(epoch=2, lr=0.1, loss=1.5, clean_acc=0.5, fgsm_acc=0.25, pgd10_acc=0.125,
+               train_seconds=10, eval_seconds=2, collapse=0)  # fmt: skip
+    shown = engine.line(row, 9)
+    assert "epoch   2/9" in shown and "PGD-10 12.50%" in shown and "12 s" in shown
+    assert "averaged" not in shown and "COLLAPSE" not in shown
+
+
+def test_engine_flags_need_nothing_else(batch):
+    """The step reads these flags and no others, so a caller can give them by hand."""
+    names = "mixup_alpha num_classes kl_reference kl_weight hard_term attack_target kl_gradient"
+    full = flags()
+    args = SimpleNamespace(**{k: getattr(full, k) for k in [*names.split(), "label_smoothing"]})
+    loss, _, _ = engine.mix_kl_step(
+        SmallNet().train(), None, *batch, T=2.0, T_a=2.0, attack=attack_of(full), args=args
+    )
+    assert loss.isfinite()
