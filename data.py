@@ -1,7 +1,7 @@
 """CIFAR read from its own files, kept on the device as uint8 and augmented there in batches.
 
-The python archives are read without torchvision, which is only imported to download them. Their
-pickles are opened by an unpickler that knows numpy arrays and nothing else.
+Torchvision is imported only to download. The pickles are opened by an unpickler that knows numpy
+arrays and nothing else.
 """
 
 import hashlib
@@ -73,7 +73,7 @@ class Archive:
     num_classes: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    train: dict[str, str]  # file name -> MD5
+    train: dict[str, str]  # file -> MD5
     test: dict[str, str]
 
 
@@ -112,10 +112,10 @@ class CifarUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> object:
         """Return the numpy constructor that the file names."""
-        if (module, name) == ("_codecs", "encode"):  # how protocol 2 spells bytes
-            return lambda text, encoding: text.encode("latin1")
         if module in self.MODULES and name in self.ALLOWED:
             return self.ALLOWED[name]
+        if (module, name) == ("_codecs", "encode"):  # how protocol 2 spells bytes
+            return lambda text, encoding: text.encode("latin1")
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no CIFAR file holds")
 
 
@@ -251,11 +251,7 @@ def synthetic(num_classes: int, *, train: int, test: int) -> Dataset:
 
 
 def split_held_out(images: Images, count: int) -> tuple[Images, Images]:
-    """Return the images without ``count`` of them, and those; the choice is always the same.
-
-    Raises:
-        ValueError: Nothing would be left to train on.
-    """
+    """Return the images without ``count`` of them, and those; the choice is always the same."""
     if count >= len(images):
         raise ValueError(f"--held-out {count}: there are only {len(images)} training images")
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
@@ -266,17 +262,12 @@ def split_held_out(images: Images, count: int) -> tuple[Images, Images]:
 class TrainingBatches:
     """Shuffled batches of augmented images; each pass over it is one epoch.
 
-    Images stay uint8 on their device. A batch is one gather from the padded images: random crop
-    (pad 4) and horizontal flip are only other indices. The last incomplete batch is dropped, so
-    that batch norm never sees a few images. Randomness is the global generator's.
+    A batch is one gather from the padded uint8 images: random crop (pad 4) and flip are only other
+    indices. The last incomplete batch is dropped, so that batch norm never sees a few images.
     """
 
     def __init__(self, images: Images, batch_size: int) -> None:
-        """Pad the images once.
-
-        Raises:
-            ValueError: There are fewer images than a batch.
-        """
+        """Pad the images once; raise a ValueError where they do not fill one batch."""
         if len(images) < batch_size:
             raise ValueError(f"--batch-size {batch_size}: there are only {len(images)} images")
         self.padded = F.pad(images.pixels, (0, 0, PAD, PAD, PAD, PAD))

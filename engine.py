@@ -23,27 +23,18 @@ COLLAPSE_FLOOR = 0.05  # a fall of fewer points than this is noise on 1,000 imag
 
 
 def mix_kl_step(
-    model: nn.Module,
-    average: nn.Module | None,
-    x: Tensor,
-    y: Tensor,
-    *,
-    T: float,
-    T_a: float,
-    attack: Attack,
-    args: Namespace,
-) -> tuple[Tensor, Tensor, Tensor]:
+    model: nn.Module, average: nn.Module | None, x: Tensor, y: Tensor, *,
+    T: float, T_a: float, attack: Attack, args: Namespace,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the loss of one MIX-KL step, its hard term and its KL term.
 
     Args:
         model: Network f in train mode, images in [0, 1] to (N, K) logits.
         average: The averaged network, for ``--kl-reference ema``.
-        x: (N, C, H, W) images in [0, 1].
-        y: (N,) labels, or (N, K) label distributions.
-        T: Temperature of the KL term.
-        T_a: Temperature of the attack.
+        x: (N, C, H, W) images in [0, 1], and ``y``: their (N,) labels.
+        T: Temperature of the KL term, and ``T_a``: that of the attack.
         attack: Raises a loss of the logits around x within the threat model.
-        args: The flags of the method.
+        args: The flags of the method, and ``num_classes``.
     """
     if args.mixup_alpha > 0:  # x~, y~
         lam = utils.draw_lam(args.mixup_alpha, x)

@@ -75,7 +75,7 @@ def uniform_starts(x: Tensor, epsilon: float, seed: int) -> Tensor:
 
 @dataclass
 class Ascent:
-    """What one run of signed ascent over all images found."""
+    """What one run of signed ascent found."""
 
     first_fooled: Tensor  # (N,) steps after which an image was first fooled; steps + 1 if never
     seconds: list[float]  # spent up to and including each step
@@ -108,8 +108,7 @@ def ascend(
         starts: (N, C, H, W) where to begin, on any device.
         todo: Indices of the images to attack.
         loss: What to raise.
-        epsilon: Radius of the ball, a pixel fraction.
-        alpha: Step, a pixel fraction.
+        epsilon: Radius of the ball, and ``alpha``: the step, pixel fractions.
         steps: Number of gradient steps.
         batch_size: Images at a time.
         bar: Moves on by one for each image done.
@@ -229,8 +228,7 @@ def evaluate(
 
     Args:
         model: Maps images in [0, 1] to logits.
-        x: (N, 3, H, W) images.
-        y: (N,) labels.
+        x: (N, 3, H, W) images, and ``y``: their (N,) labels.
         names: Attacks, as ``parse_attack`` reads them.
         epsilon: Radius of the ball, a pixel fraction.
         batch_size: Images at a time.
@@ -295,10 +293,7 @@ def write(report: dict[str, object], out_dir: Path, stem: str) -> Path:
     out_dir.mkdir(parents=True, exist_ok=True)
     for number in range(1, 1_000_000):
         path = out_dir / (f"{stem}.json" if number == 1 else f"{stem}-{number}.json")
-        try:
-            with path.open("x") as file:
-                json.dump(report, file, indent=2)
+        if not path.exists():
+            path.write_text(json.dumps(report, indent=2) + "\n")
             return path
-        except FileExistsError:
-            continue
     raise ValueError(f"{out_dir}: too many reports")

@@ -20,7 +20,7 @@ BASELINES = {
     ),
 }  # fmt: skip
 REPLACED = {  # flags of the published scripts whose meaning did not survive the right formulas
-    "lamda": "--kl-weight (the published quotient is no divergence: the weight does not carry over)",
+    "lamda": "--kl-weight (the published quotient is no divergence: other numbers fit)",
     "ema_value": "--ema-decay (the average is updated at every step, without a gate)",
 }
 

@@ -1,0 +1,230 @@
+"""CIFAR files: what is read, warned of and refused; augmentation; the synthetic images."""
+
+import hashlib
+import io
+import pickle
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_archive
+
+import data
+
+
+def test_both_datasets_are_read_as_they_were_written(tmp_path):
+    for name, folder, num_classes in (
+        ("cifar10", "cifar-10-batches-py", 10),
+        ("cifar100", "cifar-100-python", 100),
+    ):
+        write_archive(tmp_path, num_classes)
+        dataset = data.load(name, num_classes, tmp_path, False)
+        assert (len(dataset.train), len(dataset.test), dataset.num_classes) == (
+            400,
+            40,
+            num_classes,
+        )
+        file = {"cifar10": "test_batch", "cifar100": "test"}[name]
+        record = pickle.loads((tmp_path / folder / file).read_bytes())
+        pixels = record["data"].reshape(40, 3, 32, 32)
+        assert torch.equal(dataset.test.as_float(), torch.from_numpy(pixels) / 255)
+        assert (
+            dataset.test.labels.tolist() == record["labels" if num_classes == 10 else "fine_labels"]
+        )
+        inner = data.load(name, num_classes, tmp_path / folder, False)  # the inner folder will do
+        assert torch.equal(inner.train.pixels, dataset.train.pixels)
+
+
+def test_official_files_say_nothing_and_others_one_line_with_the_counts(
+    tmp_path, capsys, monkeypatch
+):
+    write_archive(tmp_path, 100)
+    assert data.load("cifar100", 100, tmp_path, False).origin == "unofficial"
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("warning:") and "400 training and 40 test images" in line
+    archive = data.ARCHIVES["cifar100"]
+    folder = tmp_path / archive.folder
+    md5 = {f: hashlib.md5((folder / f).read_bytes()).hexdigest() for f in ("train", "test")}
+    signed = replace(archive, train={"train": md5["train"]}, test={"test": md5["test"]})
+    monkeypatch.setitem(data.ARCHIVES, "cifar100", signed)
+    assert data.load("cifar100", 100, tmp_path, False).origin == "official"
+    assert capsys.readouterr().out == ""
+
+
+def test_the_md5_sums_are_those_of_torchvision():
+    datasets = pytest.importorskip("torchvision.datasets")
+    for archive in data.ARCHIVES.values():
+        theirs = getattr(datasets, archive.title)
+        assert archive.folder == theirs.base_folder
+        assert list(archive.train.items()) == [tuple(pair) for pair in theirs.train_list]
+        assert list(archive.test.items()) == [tuple(pair) for pair in theirs.test_list]
+
+
+def record(**changes):
+    good = {"data": np.zeros((4, 3072), np.uint8), "labels": [0, 1, 2, 9]}
+    return pickle.dumps(good | changes, protocol=2)
+
+
+BROKEN = {
+    "truncated": record()[:-100],
+    "empty": b"",
+    "html": b"<!DOCTYPE html><html>quota exceeded</html>",
+    "no labels": pickle.dumps({"data": np.zeros((4, 3072), np.uint8)}, protocol=2),
+    "a list": pickle.dumps([1, 2], protocol=2),
+    "float images": record(data=np.zeros((4, 3072))),
+    "wrong shape": record(data=np.zeros((4, 1024), np.uint8)),
+    "images as a list": record(data=[[0] * 3072] * 4),
+    "too few labels": record(labels=[0, 1, 2]),
+    "no images": record(data=np.zeros((0, 3072), np.uint8), labels=[]),
+    "label too large": record(labels=[0, 1, 2, 10]),
+    "negative label": record(labels=[0, 1, 2, -1]),
+    "labels of text": record(labels=["a", "b", "c", "d"]),
+    "fractional labels": record(labels=[0.5, 1.0, 2.0, 3.0]),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_a_broken_file_is_refused_by_name_in_one_line(tmp_path, script, fault):
+    write_archive(tmp_path, 10)
+    path = tmp_path / "cifar-10-batches-py" / "data_batch_3"
+    path.write_bytes(BROKEN[fault])
+    status, _, err = script("MIX_KL_CIFAR10", "--data-dir", tmp_path, "--out_dir", tmp_path / "o")
+    assert status == 2 and len(err.splitlines()) == 1
+    assert err.startswith("error:") and str(path) in err and "broken" in err
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_malicious_file_is_refused_and_not_executed(tmp_path):
+    import os
+
+    target = tmp_path / "owned"
+
+    class Malicious:
+        def __reduce__(self):
+            return os.mkdir, (str(target),)
+
+    path = tmp_path / "batch"
+    path.write_bytes(record(labels=Malicious()))
+    pickle.loads(path.read_bytes())  # an ordinary unpickler falls for it
+    assert target.exists()
+    target.rmdir()
+    with pytest.raises(ValueError, match=r"asks for (posix|nt)\.mkdir"):
+        data.read_batch(path, "labels", 10)
+    assert not target.exists()
+
+
+@pytest.mark.parametrize("module, name", [
+    ("builtins", "eval"), ("os", "system"), ("numpy", "load"), ("numpy", "fromfile"),
+    ("numpy.core.multiarray", "fromfile"), ("_codecs", "decode"), ("numpy", "dtype.__reduce__"),
+])  # fmt: skip
+def test_the_unpickler_knows_nothing_but_arrays(module, name):
+    with pytest.raises(pickle.UnpicklingError, match="no CIFAR file holds"):
+        data.CifarUnpickler(io.BytesIO()).find_class(module, name)
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4])
+def test_arrays_of_every_pickle_protocol_are_read(tmp_path, protocol):
+    good = {"data": np.full((2, 3072), 7, np.uint8), "labels": [3, 4]}
+    (tmp_path / "batch").write_bytes(pickle.dumps(good, protocol=protocol))
+    pixels, labels = data.read_batch(tmp_path / "batch", "labels", 10)
+    assert (pixels == 7).all() and labels.tolist() == [3, 4]
+
+
+def test_a_failed_download_names_the_file_and_both_ways_out(tmp_path, script, monkeypatch):
+    datasets = pytest.importorskip("torchvision.datasets")
+
+    def offline(root, download):
+        assert (root, download) == (str(tmp_path), True)
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(datasets, "CIFAR10", offline)
+    status, _, err = script("test_cifar10", "--model_path", checkpoint_in(tmp_path), "--data-dir",
+                            tmp_path)  # fmt: skip
+    assert status == 2 and len(err.splitlines()) == 1
+    missing = tmp_path / "cifar-10-batches-py" / "data_batch_1"
+    assert str(missing) in err and "Name or service not known" in err
+    assert "--data-dir" in err and "--synthetic" in err
+
+
+def test_a_successful_download_is_used(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("torchvision.datasets")
+    monkeypatch.setattr(datasets, "CIFAR10", lambda root, download: write_archive(tmp_path, 10))
+    assert len(data.load("cifar10", 10, tmp_path, False).train) == 400
+
+
+def checkpoint_in(folder):
+    import checkpoint
+    from models import build_model
+
+    content = dict(model="ResNet18", width=2, num_classes=10, mean=(0.5,) * 3, std=(0.2,) * 3)
+    state = build_model("ResNet18", num_classes=10, width=2).state_dict()
+    path = folder / "model.pth"
+    checkpoint.save(path, content | dict(dataset="cifar10", raw=state, selected="raw"))
+    return path
+
+
+def test_crop_and_flip_are_those_of_an_image_at_a_time():
+    """Every augmented image is the padded original at one of 81 corners, flipped or not."""
+    torch.manual_seed(0)
+    pixels = torch.randint(256, (64, 32, 32, 3), dtype=torch.uint8)
+    batches = data.TrainingBatches(data.Images(pixels, torch.arange(64)), 16)
+    padded = np.pad(pixels.numpy(), ((0, 0), (4, 4), (4, 4), (0, 0)))
+    corners, flips = [], []
+    for x, y in batches:
+        assert x.is_contiguous(memory_format=torch.channels_last) and x.dtype == torch.float32
+        for image, label in zip(
+            (x * 255).round().byte().permute(0, 2, 3, 1).numpy(), y, strict=True
+        ):
+            found = [
+                (top, left, flip)
+                for top in range(9) for left in range(9) for flip in (False, True)
+                if (padded[label, top:top + 32, left:left + 32][:, :: 1 - 2 * flip] == image).all()
+            ]  # fmt: skip
+            assert len(found) == 1
+            corners.append(found[0][:2])
+            flips.append(found[0][2])
+    assert 20 <= sum(flips) <= 44 and len(set(corners)) > 30
+    assert {c for corner in corners for c in corner} == set(range(9))
+
+
+def test_an_epoch_sees_every_image_once_in_a_new_order():
+    images = data.Images(torch.zeros(50, 32, 32, 3, dtype=torch.uint8), torch.arange(50))
+    batches = data.TrainingBatches(images, 16)
+    orders = [torch.cat([y for _, y in batches]).tolist() for _ in range(2)]
+    assert len(batches) == 3 and all(len(set(order)) == 48 for order in orders)
+    assert orders[0] != orders[1]
+    with pytest.raises(ValueError, match="--batch-size 64: there are only 50"):
+        data.TrainingBatches(images, 64)
+
+
+def test_held_out_images_are_apart_always_the_same_and_leave_the_generator_alone():
+    images = data.Images(torch.zeros(50, 1, 1, 1, dtype=torch.uint8), torch.arange(50))
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    train, held_out = data.split_held_out(images, 10)
+    torch.manual_seed(2)
+    again = data.split_held_out(images, 10)[1]
+    assert torch.equal(held_out.labels, again.labels)
+    assert sorted(train.labels.tolist() + held_out.labels.tolist()) == list(range(50))
+    torch.manual_seed(1)
+    assert torch.equal(torch.get_rng_state(), state)
+    with pytest.raises(ValueError, match="--held-out 50: there are only 50"):
+        data.split_held_out(images, 50)
+    with pytest.raises(ValueError, match="--n-examples 51: there are only 50"):
+        images.first(51, "--n-examples")
+
+
+@pytest.mark.parametrize("num_classes", [10, 100])
+def test_synthetic_images_are_deterministic_and_balanced(num_classes):
+    torch.manual_seed(0)
+    np.random.seed(0)
+    first = data.load("cifar10", num_classes, None, True)
+    second = data.synthetic(num_classes, train=6000, test=1000)
+    assert torch.equal(first.train.pixels, second.train.pixels)
+    assert torch.equal(first.test.labels, second.test.labels)
+    assert first.train.pixels.shape == (6000, 32, 32, 3) and first.origin == "synthetic"
+    counts = first.train.labels.bincount(minlength=num_classes)
+    assert counts.min() > 0.5 * 6000 / num_classes
+    assert 40 < first.train.pixels.float().std() < 80  # contrast like photographs, little clipping
+    assert ((first.train.pixels == 0) | (first.train.pixels == 255)).float().mean() < 0.02

@@ -1,0 +1,115 @@
+"""The shape of the project: who imports whom, twins that stay twins, sizes that stay small."""
+
+import ast
+import re
+
+import pytest
+from conftest import ROOT
+
+LOCAL = {
+    "engine",
+    "evaluation",
+    "attacks",
+    "utils",
+    "data",
+    "checkpoint",
+    "options",
+    "plots",
+    "models",
+}
+MAY_IMPORT = {
+    "engine": {"utils", "checkpoint", "plots"},
+    "evaluation": {"attacks"},
+    "attacks": set(),
+    "utils": set(),
+    "data": set(),
+    "checkpoint": set(),
+    "options": set(),
+    "plots": set(),
+}
+THIRD_PARTY = {
+    "engine": {"torch", "tqdm"},
+    "evaluation": {"torch", "tqdm"},
+    "attacks": {"torch"},
+    "utils": {"torch", "numpy"},
+    "data": {"torch", "numpy"},  # and torchvision by name, only to download
+    "checkpoint": {"torch"},
+    "options": set(),
+    "plots": {"matplotlib"},
+}
+KNOWN = {"torch", "numpy", "torchvision", "matplotlib", "tqdm", "scipy"}
+SCRIPTS = ["MIX_KL_CIFAR10.py", "MIX_KL_CIFAR100.py", "test_cifar10.py", "test_cifar100.py"]
+SOURCES = sorted(p for p in [*ROOT.glob("*.py"), *(ROOT / "models").glob("*.py")])
+
+
+def tree(path):
+    return ast.parse(path.read_text())
+
+
+def imports(path):
+    names = set()
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not any(alias.name == "*" for alias in node.names), f"{path.name}: star import"
+            names.add(node.module.split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("module", MAY_IMPORT)
+def test_imports_point_one_way(module):
+    found = imports(ROOT / f"{module}.py")
+    assert found & LOCAL <= MAY_IMPORT[module]
+    assert found & KNOWN <= THIRD_PARTY[module]
+
+
+def test_models_import_torch_and_each_other_only():
+    for path in (ROOT / "models").glob("*.py"):
+        assert imports(path) & (LOCAL | KNOWN) <= {"torch", "models"}
+
+
+def test_the_root_holds_what_the_design_lists():
+    found = {path.name for path in ROOT.glob("*.py")}
+    assert found == {f"{name}.py" for name in MAY_IMPORT} | set(SCRIPTS)
+
+
+@pytest.mark.parametrize("first, second", [SCRIPTS[:2], SCRIPTS[2:]])
+def test_twins_differ_in_their_tables_only(first, second):
+    def functions(name):
+        return [
+            ast.dump(n) for n in tree(ROOT / name).body if not isinstance(n, (ast.Assign, ast.Expr))
+        ]
+
+    assert functions(first) == functions(second)
+    doc = ast.get_docstring(tree(ROOT / first)).replace("CIFAR-10 ", "CIFAR-100 ")
+    doc = doc.replace("CIFAR10.py", "CIFAR100.py").replace("cifar10.py", "cifar100.py")
+    assert doc == ast.get_docstring(tree(ROOT / second))
+
+
+def test_no_dataset_and_no_number_of_classes_is_known_below_the_scripts():
+    for name in ("engine.py", "attacks.py", "evaluation.py", "utils.py", "plots.py"):
+        text = (ROOT / name).read_text()
+        assert not re.search(r"cifar", text, re.I), name
+        assert "num_classes = 10" not in text and "num_classes=10" not in text
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_files_and_functions_are_short(path):
+    assert len(path.read_text().splitlines()) <= 300
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.FunctionDef):
+            length = node.end_lineno - node.lineno + 1
+            assert length <= 60, f"{node.name}: {length} lines"
+
+
+def test_the_method_is_one_screen():
+    (step,) = (n for n in tree(ROOT / "engine.py").body if getattr(n, "name", "") == "mix_kl_step")
+    assert step.end_lineno - step.lineno + 1 <= 40
+
+
+def test_the_scripts_divide_by_255_once_and_nobody_else_does():
+    for path in SOURCES:
+        found = len(re.findall(r"args\.\w+ / 255", path.read_text()))
+        limit = {"MIX": 2, "test": 1}.get(path.name.split("_")[0], 0)
+        assert found == limit, path.name
