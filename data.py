@@ -222,25 +222,25 @@ def waves(count: int, frequency: float, rng: np.random.Generator) -> np.ndarray:
 def synthetic(num_classes: int, *, train: int, test: int) -> Dataset:
     """Draw images that look nothing like photographs but behave like them under attack.
 
-    A class is a large smooth pattern, which survives a perturbation of 8/255, and a faint fine
-    texture (3/255), which predicts it perfectly and does not survive. Each image shifts and fades
-    the pattern, and adds a background and pixel noise. The same arguments give the same images.
+    A class is a smooth pattern of 15 to 28/255, which survives a perturbation of 8/255, and a fine
+    texture of 8/255, which predicts it as well, is learned first and does not survive. An image
+    shifts and fades its pattern, and adds a background and noise. It depends on the sizes alone.
     """
     rng = np.random.default_rng(num_classes)
-    shapes = waves(num_classes, 2.0, rng)
+    shapes = waves(num_classes, 1.5, rng)
     textures = waves(num_classes, 14.0, rng)
     splits = []
     for count in (train, test):
         labels = rng.integers(num_classes, size=count)
-        fade = rng.uniform(0.10, 0.22, (count, 1, 1, 1))
-        shift = rng.integers(-4, 5, (count, 2))
+        fade = rng.uniform(0.06, 0.11, (count, 1, 1, 1))
+        shift = rng.integers(-1, 2, (count, 2))
         rows = (np.arange(SIZE) + shift[:, :1]) % SIZE
         cols = (np.arange(SIZE) + shift[:, 1:]) % SIZE
         pixels = fade * shapes[labels[:, None, None], rows[:, :, None], cols[:, None, :]]
-        pixels += 0.012 * textures[labels]
+        pixels += 0.032 * textures[labels]
         backgrounds = waves(64, 3.0, rng)
-        pixels += 0.10 * backgrounds[rng.integers(64, size=count)]
-        pixels += 0.03 * rng.normal(size=pixels.shape) + 0.5
+        pixels += 0.03 * backgrounds[rng.integers(64, size=count)]
+        pixels += 0.02 * rng.normal(size=pixels.shape) + 0.5
         pixels = (pixels.clip(0, 1) * 255).round().astype(np.uint8)
         splits.append(Images(torch.from_numpy(pixels), torch.from_numpy(labels)))
     half, quarter = (0.5,) * 3, (0.25,) * 3

@@ -137,15 +137,16 @@ def collapsed(rows: list[dict[str, float]]) -> bool:
     """Return whether the last epoch shows catastrophic overfitting in the raw weights.
 
     It does where held-out PGD accuracy has lost more than half of its best within two epochs (and
-    more than ``COLLAPSE_FLOOR``), while FGSM accuracy has not lost half of its own.
+    more than ``COLLAPSE_FLOOR``), and FGSM accuracy has not: where that fell as well, PGD accuracy
+    must have kept less than half of the share that FGSM accuracy kept.
     """
     *before, now = rows
     if not before:
         return False
     best = max(before[-2:], key=lambda row: row["pgd10_acc"])
-    fall = best["pgd10_acc"] - now["pgd10_acc"]
-    pgd_fell = fall > max(best["pgd10_acc"] / 2, COLLAPSE_FLOOR)
-    return pgd_fell and now["fgsm_acc"] > best["fgsm_acc"] / 2
+    fgsm_kept = min(1, now["fgsm_acc"] / best["fgsm_acc"]) if best["fgsm_acc"] else 1
+    pgd_fell = best["pgd10_acc"] - now["pgd10_acc"] > COLLAPSE_FLOOR
+    return pgd_fell and now["pgd10_acc"] < best["pgd10_acc"] * fgsm_kept / 2
 
 
 def accuracies(

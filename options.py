@@ -138,7 +138,7 @@ def add_optimisation(parser: Parser) -> None:
     add("--model", default="PreActResNet18",
         help="network (default %(default)s; an unknown name lists all)")
     add("--width", type=count(), metavar="C",
-        help="channels of a ResNet's first stage (default 64)")
+        help="channels of a ResNet's first stage, a multiple of 8 (default 64)")
     add("--epochs", type=count(), default=110, help="(default %(default)s)")
     add("--batch-size", type=count(2), default=128, help="(default %(default)s)")
     add("--lr", "--lr-max", type=number(0), default=0.1,

@@ -47,18 +47,20 @@ def build_model(
     Args:
         name: A key of ``MODELS``, in any spelling that ``canonical_name`` understands.
         num_classes: Number of logits.
-        width: Channels of the first stage of a ResNet (64 where not given); a WideResNet has its
-            width in its name.
+        width: Channels of the first stage of a ResNet (64 where None), a multiple of 8: with other
+            numbers, oneDNN's channels-last gradient writes out of bounds (seen with torch 2.15 on
+            AVX2). A WideResNet has its width in its name.
         mean: Per-channel mean of the training images, in [0, 1]; subtracted inside the model.
         std: Per-channel standard deviation, likewise.
 
     Raises:
-        ValueError: The name is unknown, or a width was given to a WideResNet.
+        ValueError: The name is unknown, or the width is not for this network.
     """
     key = canonical_name(name)
-    sizes = {}
-    if width is not None and width != 64:
-        if key.startswith("Wide"):
-            raise ValueError(f"--width {width}: only for the ResNets; {key} has its width by name")
-        sizes["width"] = width
-    return MODELS[key](num_classes=num_classes, mean=mean, std=std, **sizes)
+    if width is None:
+        return MODELS[key](num_classes=num_classes, mean=mean, std=std)
+    if key.startswith("Wide"):
+        raise ValueError(f"--width {width}: only for the ResNets; {key} has its width by name")
+    if width % 8:
+        raise ValueError(f"--width {width}: must be a multiple of 8")
+    return MODELS[key](num_classes=num_classes, mean=mean, std=std, width=width)

@@ -16,15 +16,15 @@ from models import build_model
 @pytest.fixture
 def saved(tmp_path):
     path = tmp_path / "model.pth"
-    state = build_model("ResNet18", num_classes=10, width=2).state_dict()
-    content = dict(model="ResNet18", width=2, num_classes=10, mean=(0.5,) * 3, std=(0.2,) * 3)
+    state = build_model("ResNet18", num_classes=10, width=8).state_dict()
+    content = dict(model="ResNet18", width=8, num_classes=10, mean=(0.5,) * 3, std=(0.2,) * 3)
     checkpoint.save(path, content | dict(dataset="cifar10", raw=state, selected="raw"))
     return path
 
 
 def test_what_is_saved_comes_back(saved):
     content = checkpoint.load(saved)
-    assert (content["schema"], content["model"], content["width"]) == ("mix-kl/1", "ResNet18", 2)
+    assert (content["schema"], content["model"], content["width"]) == ("mix-kl/1", "ResNet18", 8)
     name, network = checkpoint.architecture(content, Namespace(model=None, model_path=saved), 10)
     model = build_model(name, **network)
     assert checkpoint.load_weights(model, content, None, saved) == "raw"
@@ -46,8 +46,8 @@ def test_a_bare_state_dict_loads_with_its_prefix_and_the_network_named(tmp_path,
     content = checkpoint.load(path)
     with pytest.raises(ValueError, match=r"bare state dict; name its network with --model"):
         checkpoint.architecture(content, Namespace(model=None, model_path=path), 10)
-    args = Namespace(model="small", width=4, model_path=path)
-    assert checkpoint.architecture(content, args, 10) == ("small", {"num_classes": 10, "width": 4})
+    args = Namespace(model="small", width=8, model_path=path)
+    assert checkpoint.architecture(content, args, 10) == ("small", {"num_classes": 10, "width": 8})
     other = SmallNet()
     checkpoint.load_weights(other, content, None, path)
     assert torch.equal(other.conv1.weight, net.conv1.weight)

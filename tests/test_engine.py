@@ -50,7 +50,7 @@ def test_baselines_are_the_textbook_loops_bit_by_bit(name, batch):
     x, y = batch
     for ours in (True, False):
         torch.manual_seed(0)
-        model = build_model("PreActResNet18", num_classes=10, width=4).train()
+        model = build_model("PreActResNet18", num_classes=10, width=8).train()
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
         for _ in range(3):
             if ours:
@@ -178,7 +178,7 @@ def test_a_step_costs_what_the_readme_says(words, cost):
 def test_every_weight_learns_under_bf16_autocast(reference, batch):
     """Autocast can hand a pass weights that another pass cast without a gradient."""
     x, y = batch
-    model = build_model("PreActResNet18", num_classes=10, width=4).train()
+    model = build_model("PreActResNet18", num_classes=10, width=8).train()
     args = flags("--kl-reference", reference)
     average = utils.WeightAverage(model, 0.9)
     args.dtype, args.epochs = torch.bfloat16, 1

@@ -27,7 +27,7 @@ def test_number_of_parameters_is_the_published_one(name, num_classes):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_parameter_gets_a_gradient_for_any_number_of_classes(name):
-    model = build_model(name, num_classes=42, width=None if name.startswith("Wide") else 4)
+    model = build_model(name, num_classes=42, width=None if name.startswith("Wide") else 8)
     logits = model(torch.rand(2, 3, 32, 32))
     assert logits.shape == (2, 42)
     F.cross_entropy(logits, torch.tensor([3, 41])).backward()
@@ -64,3 +64,5 @@ def test_names_are_forgiving_and_unknown_ones_list_all():
         canonical_name("VGG")
     with pytest.raises(ValueError, match="only for the ResNets"):
         build_model("WideResNet16-4", num_classes=10, width=16)
+    with pytest.raises(ValueError, match="--width 12: must be a multiple of 8"):
+        build_model("ResNet18", num_classes=10, width=12)

@@ -1,0 +1,70 @@
+"""The README: every command parses, every flag and file is listed, nothing is invented."""
+
+import re
+import shlex
+
+import pytest
+from conftest import ROOT
+
+import evaluation
+import options
+from models import canonical_name
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.S)
+COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line.startswith("python3 ")]
+SCRIPTS = [shlex.split(line)[1:] for line in COMMANDS if not line.startswith("python3 -m venv")]
+
+
+def test_the_four_commands_of_the_project_stand_there_as_promised():
+    for line in (
+        "python3 MIX_KL_CIFAR10.py --out_dir ./output/ --data-dir cifar-data",
+        "python3 MIX_KL_CIFAR100.py --out_dir ./output/ --data-dir cifar-data",
+        "python3 test_cifar10.py --model_path model.pth --out_dir ./output/ --data-dir cifar-data",
+        "python3 test_cifar100.py --model_path model.pth --out_dir ./output/ --data-dir cifar-data",
+    ):
+        assert line in COMMANDS
+
+
+@pytest.mark.parametrize("words", SCRIPTS, ids=" ".join)
+def test_every_command_parses(words):
+    script, *flags = words
+    assert (ROOT / script).is_file()
+    if script.startswith("MIX_KL"):
+        args = options.parse_training(flags, "doc", {})
+        canonical_name(args.model)
+    else:
+        args = options.parse_measuring(flags, "doc")
+        assert [evaluation.parse_attack(name) for name in args.attacks]
+
+
+def test_every_flag_is_listed_and_none_that_does_not_exist():
+    listed = set(re.findall(r"`(--[A-Za-z_-]+)", README.split("## Flags")[1].split("\n## ")[0]))
+    existing = set()
+    for parser in (options.training_parser("doc", {}), options.measuring_parser("doc")):
+        existing |= {text for action in parser._actions for text in action.option_strings}
+    existing = {text for text in existing if text.startswith("--")} - {"--help"}
+    assert {options.dashed([flag])[0] for flag in listed} == existing
+
+
+def test_the_tree_lists_every_file_of_the_root():
+    tree = README.split("## The tree")[1].split("\n## ")[0]
+    for path in ROOT.glob("*.py"):
+        assert f"`{path.name}`" in tree
+    for name in re.findall(
+        r"`([\w./]+)`", "".join(row.split("|")[1] for row in tree.splitlines() if "|" in row)
+    ):
+        assert (ROOT / name).exists(), name
+
+
+def test_nothing_is_left_to_fill_in():
+    assert not re.search(r"^(RESULTS|FLAGS|TODO|TBD)", README, re.M)
+
+
+def test_every_link_leads_somewhere():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("http") or (ROOT / target).exists(), target
+
+
+def test_ci_and_makefile_run_the_same_command():
+    assert "make test" in (ROOT / ".ci" / "run").read_text() and "`make test`" in README
