@@ -207,7 +207,8 @@ def rows_of(pgd, fgsm=None):
     ([0.40, 0.25, 0.15], None, True),  # within two epochs
     ([0.40, 0.33, 0.27, 0.22], None, False),  # slowly: robust overfitting, not a collapse
     ([0.40, 0.42, 0.25], None, False),  # by less than half
-    ([0.40, 0.42, 0.01], [0.5, 0.5, 0.1], False),  # FGSM fell as well: the network is just worse
+    ([0.127, 0.097, 0.001], [0.182, 0.150, 0.083], True),  # measured: FGSM-RS at eps 16
+    ([0.40, 0.42, 0.10], [0.5, 0.5, 0.1], False),  # both fell alike: the network is just worse
     ([0.04, 0.00], None, False),  # noise
     ([0.10, 0.20, 0.30], None, False),
     ([0.00], None, False),
