@@ -90,7 +90,7 @@ def add_shared(parser: Parser) -> None:
     add("--out-dir", type=Path, default=Path("output"), metavar="DIR",
         help="where results go (default %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default %(default)s)")
-    add("--seed", type=count(0), default=0, help="(default %(default)s)")
+    add("--seed", type=count(0), default=0, help="of every random choice (default %(default)s)")
     add("--debug", action="store_true", help="show the traceback of an error")
 
 
@@ -99,7 +99,7 @@ def add_method(parser: Parser) -> None:
     add = parser.add_argument_group("method").add_argument
     add("--baseline", choices=BASELINES,
         help="train another method instead: settings of the flags below")
-    add("--mixup-alpha", type=number(0), default=1.0, metavar="A",
+    add("--mixup-alpha", type=number(0), default=0.2, metavar="A",
         help="lam ~ Beta(A, A); 0 is no mixup (default %(default)s)")
     add("--temperature", type=temperatures, default=(2.0, 2.0), metavar="T",
         help="T of the KL term: 2, or 4:1 for a line over the run")
@@ -115,7 +115,7 @@ def add_method(parser: Parser) -> None:
     add("--hard-term", choices=("adversarial", "clean"), default="adversarial",
         help="images of the cross-entropy term (default %(default)s)")
     add("--label-smoothing", type=number(0, 1), default=0.0, metavar="S",
-        help="(default %(default)s)")
+        help="share of each label spread over all classes (default %(default)s)")
     add("--factor", type=number(0, 1), metavar="F", help="label relaxation as in the published "
         "scripts: sets --label-smoothing to (1 - F) K / (K - 1)")
     add("--ema-decay", type=number(0, 0.999999), default=0.999, metavar="D",
@@ -124,7 +124,8 @@ def add_method(parser: Parser) -> None:
     add("--epsilon", type=pixels, default=8.0, metavar="E", help="8, 8/255 or 0.03137 (default 8)")
     add("--alpha", type=pixels, metavar="A", help="step size (default: epsilon; 1.25 epsilon for "
         "fgsm_rs, epsilon / 4 for pgd_at and trades)")
-    add("--attack-steps", type=count(), default=1, metavar="K", help="(default %(default)s)")
+    add("--attack-steps", type=count(), default=1, metavar="K",
+        help="gradient steps; 1 is FGSM (default %(default)s)")
     add("--delta-init", choices=("zero", "uniform", "half", "noise"), default="half",
         help="start: 0, U(-E, E), +-E/2, or U(-2E, 2E) unprojected (default %(default)s)")
     add("--attack-target", choices=("labels", "clean"), default="labels",
@@ -139,8 +140,9 @@ def add_optimisation(parser: Parser) -> None:
         help="network (default %(default)s; an unknown name lists all)")
     add("--width", type=count(), metavar="C",
         help="channels of a ResNet's first stage, a multiple of 8 (default 64)")
-    add("--epochs", type=count(), default=110, help="(default %(default)s)")
-    add("--batch-size", type=count(2), default=128, help="(default %(default)s)")
+    add("--epochs", type=count(), default=110,
+        help="passes over the training images (default %(default)s)")
+    add("--batch-size", type=count(2), default=128, help="images a step (default %(default)s)")
     add("--lr", "--lr-max", type=number(0), default=0.1,
         help="highest learning rate (default %(default)s)")
     add("--lr-min", type=number(0), default=0.0, help="lowest, where the schedule has one")
@@ -149,8 +151,9 @@ def add_optimisation(parser: Parser) -> None:
         "104/110; cyclic: a triangle (default %(default)s)")
     add("--lr-peak", type=number(0.001, 0.999), default=0.4, metavar="P",
         help="part of the run at which cyclic and onecycle peak (default %(default)s)")
-    add("--momentum", type=number(0, 1), default=0.9, help="(default %(default)s)")
-    add("--weight-decay", type=number(0), default=5e-4, help="(default %(default)s)")
+    add("--momentum", type=number(0, 1), default=0.9, help="of SGD (default %(default)s)")
+    add("--weight-decay", type=number(0), default=5e-4,
+        help="of SGD, on all parameters (default %(default)s)")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto",
         help="of training; auto: bf16 where the processor has it. Measuring is always fp32")
 

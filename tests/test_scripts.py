@@ -155,7 +155,7 @@ def test_synthetic_images_tell_a_robust_network_from_an_undefended_one(tmp_path,
     common = ["--synthetic", "--width", "8", "--lr-schedule", "cyclic", "--batch-size", "64"]
     common += ["--held-out", "64", "--out_dir", tmp_path]
     undefended = ["--baseline", "fgsm_at", "--epsilon", "0", "--epochs", "2"]
-    robust = ["--baseline", "n_fgsm", "--epochs", "6"]
+    robust = ["--baseline", "n_fgsm", "--epochs", "4"]
     accuracy = {}
     for name, words in (("undefended", undefended), ("robust", robust)):
         assert script("MIX_KL_CIFAR10", *common, *words, "--run-name", name)[0] == 0
@@ -175,9 +175,9 @@ def test_synthetic_images_tell_a_robust_network_from_an_undefended_one(tmp_path,
         accuracy[name] = [row["accuracy"] for row in rows]
     print(f"clean, PGD-20 on synthetic images: {accuracy}")
     clean, pgd = accuracy["undefended"]
-    assert clean > 0.9 and pgd < 0.05
+    assert clean > 0.95 and pgd < 0.1  # below chance
     clean, pgd = accuracy["robust"]
-    assert pgd > 0.5 * clean and clean > 0.5
+    assert clean > 0.9 and pgd > 0.7 * clean
 
 
 @pytest.mark.gpu
