@@ -54,9 +54,7 @@ def mix_kl_step(
     hard = F.cross_entropy(hard_logits, y, label_smoothing=args.label_smoothing)
     if args.kl_weight == 0:
         return hard, hard, torch.zeros_like(hard)
-    reference = average_logits(average, x) if args.kl_reference == "ema" else clean
-    reference = start.float() if args.kl_reference == "start" else reference
-    kl = utils.temperature_kl(logits, reference, T)
+    kl = utils.temperature_kl(logits, reference_logits(start, clean, average, x, args), T)
     return hard + args.kl_weight * kl, hard, kl
 
 
@@ -71,10 +69,16 @@ def clean_logits(model: nn.Module, x: Tensor, args: Namespace) -> Tensor | None:
         return model(x).float()
 
 
-@torch.no_grad()
-def average_logits(average: nn.Module, x: Tensor) -> Tensor:
-    """Return the logits of the averaged network on x~."""
-    return average(x).float()
+def reference_logits(
+    start: Tensor, clean: Tensor | None, average: nn.Module | None, x: Tensor, args: Namespace
+) -> Tensor:
+    """Return the logits that the KL term pulls towards, detached unless the flags say otherwise."""
+    if args.kl_reference == "start":
+        return start.float()
+    if args.kl_reference == "clean":
+        return clean if args.kl_gradient == "both" else clean.detach()
+    with torch.no_grad():
+        return average(x).float()
 
 
 # --------------------------------------------------------------------------------------------- loop
@@ -108,15 +112,9 @@ def train_one_epoch(
             x.device.type, args.dtype, args.dtype != torch.float32, cache_enabled=False
         ):
             terms = mix_kl_step(
-                model,
-                average and average.model,
-                x,
-                y,
-                T=T_at(t),
-                T_a=T_a_at(t),
-                attack=attack,
-                args=args,
-            )
+                model, average and average.model, x, y,
+                T=T_at(t), T_a=T_a_at(t), attack=attack, args=args,
+            )  # fmt: skip
         optimizer.zero_grad()
         terms[0].backward()
         optimizer.step()
