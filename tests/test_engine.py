@@ -154,6 +154,26 @@ def test_the_reference_gets_no_gradient_and_is_the_right_pass(reference, batch):
     torch.testing.assert_close(loss, hard + 4 * kl)
 
 
+def test_a_clean_reference_with_its_own_hard_term_gets_no_gradient_from_the_kl(batch):
+    x, y = batch
+    words = ["--hard-term", "clean", "--kl-reference", "clean", "--mixup-alpha", "0"]
+    gradients = []
+    for gradient in ("student", "both"):
+        torch.manual_seed(0)
+        model = SmallNet().train()
+        _, _, kl = one_step(model, x, y, flags(*words, "--kl-gradient", gradient))
+        gradients.append(torch.autograd.grad(kl, model.linear.weight)[0])
+    torch.manual_seed(0)
+    model = SmallNet().train()
+    clean = model(x).detach()
+    with utils.statistics_held(model):
+        adv, _ = attack_of(flags())(model, x, lambda z: F.cross_entropy(z / 2, y, reduction="sum"))
+    expected = utils.temperature_kl(model(adv), clean, 2.0)
+    (through_the_student,) = torch.autograd.grad(expected, model.linear.weight)
+    torch.testing.assert_close(gradients[0], through_the_student, rtol=1e-3, atol=1e-7)
+    assert not torch.allclose(gradients[1], through_the_student, rtol=1e-2)
+
+
 @pytest.mark.parametrize("words, cost", [
     ([], 5),
     (["--kl-reference", "clean"], 6),
