@@ -1,7 +1,7 @@
 """FGSM, PGD and CW-Linf: pure functions on images in [0, 1] that return adversarial images.
 
 Sizes (``epsilon``, ``alpha``) are pixel fractions: 8/255, not 8. Every function returns a new
-(N, C, H, W) tensor inside the epsilon ball around ``x`` and inside [0, 1].
+(N, C, H, W) tensor inside [0, 1] and, but for ``noise`` starts, inside the epsilon ball around x.
 
 ``fgsm``, ``pgd`` and ``cw`` measure a finished network: they run in eval mode and fp32, and leave
 mode, parameters, ``.grad``, batch norm statistics and the global random state as they found them.

@@ -153,7 +153,7 @@ def commit() -> str:
     """Return the git revision of this code (``-dirty`` where files differ), or ``unknown``."""
     try:
         done = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=12", "--dirty"],
+            ["git", "describe", "--always", "--abbrev=12", "--dirty", "--exclude=*"],
             cwd=Path(__file__).parent, capture_output=True, text=True, check=True,
         )  # fmt: skip
     except (OSError, subprocess.CalledProcessError):

@@ -33,10 +33,12 @@ def main(argv: list[str]) -> None:
 
     dataset = data.load(DATASET, NUM_CLASSES, args.data_dir, args.synthetic)
     images = dataset.test.first(args.n_examples, "--n-examples").to(device)
-    facts = {"checkpoint": str(args.model_path), "weights": weights, "model": name}
-    facts |= {"dataset": dataset.name, "origin": dataset.origin}
-    print(f"{args.model_path} ({name}, {weights} weights) on {len(images):,} test images of "
-          f"{dataset.name} ({dataset.origin}), eps {args.epsilon:g}/255, {device}")  # fmt: skip
+    trained_on = saved.get("dataset", "unknown images")
+    facts = {"checkpoint": str(args.model_path), "model": name, "weights": weights}
+    facts |= {"trained_on": trained_on, "dataset": dataset.name, "origin": dataset.origin}
+    print(f"{args.model_path}: {name}, {weights} weights, trained on {trained_on}\n"
+          f"{len(images):,} test images of {dataset.name} ({dataset.origin}), "
+          f"eps {args.epsilon:g}/255, {device}")  # fmt: skip
 
     # From here on sizes are pixel fractions: this is the only place that divides by 255.
     report = facts | evaluation.evaluate(
