@@ -47,7 +47,7 @@ def mix_kl_step(
             return utils.temperature_kl(logits, clean.detach(), T_a)
         return F.cross_entropy(logits / T_a, y, reduction="sum")
 
-    with utils.statistics_held(model):
+    with utils.statistics_held(model, args.attack_mode):
         x_adv, start = attack(model, x, attack_loss)
     logits = model(x_adv).float()
     hard_logits = clean if args.hard_term == "clean" else logits
@@ -65,7 +65,7 @@ def clean_logits(model: nn.Module, x: Tensor, args: Namespace) -> Tensor | None:
         return None
     if args.hard_term == "clean" or args.kl_gradient == "both":
         return model(x).float()
-    with torch.no_grad(), utils.statistics_held(model):
+    with torch.no_grad(), utils.statistics_held(model, args.attack_mode):
         return model(x).float()
 
 

@@ -104,17 +104,23 @@ class WeightAverage:
 
 
 @contextmanager
-def statistics_held(model: nn.Module) -> Iterator[None]:
-    """Let batch norm in train mode use the statistics of the batch without recording them."""
+def statistics_held(model: nn.Module, mode: str) -> Iterator[None]:
+    """Record no batch norm statistics within; afterwards the model is in train mode.
+
+    Args:
+        model: A network in train mode.
+        mode: ``eval``: batch norm uses the running statistics. ``train``: those of the batch.
+    """
     layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    tracking = [layer.track_running_stats for layer in layers]
+    model.train(mode == "train")
+    for layer in layers:
+        layer.track_running_stats = mode == "eval"
     try:
-        for layer in layers:
-            layer.track_running_stats = layer.track_running_stats and not layer.training
         yield
     finally:
-        for layer, tracked in zip(layers, tracking, strict=True):
-            layer.track_running_stats = tracked
+        for layer in layers:
+            layer.track_running_stats = True
+        model.train()
 
 
 # ---------------------------------------------------------------------------------------- schedules

@@ -1,5 +1,6 @@
 """The step against textbook loops, its cost in FLOPs, and what a run leaves behind."""
 
+import copy
 import csv
 from functools import partial
 from types import SimpleNamespace
@@ -36,17 +37,20 @@ def one_step(model, x, y, args, average=None, T=None):
     return engine.mix_kl_step(model, average, x, y, T=T, T_a=T_a, attack=attack_of(args), args=args)
 
 
-def textbook_fgsm(model, x, y, eta, alpha, radius):
+def textbook_fgsm(model, x, y, eta, alpha, radius, mode):
     adv = (x + eta).clamp(0, 1).requires_grad_()
+    model.train(mode == "train")
     (grad,) = torch.autograd.grad(F.cross_entropy(model(adv), y), adv)
+    model.train()
     delta = (adv.detach() + alpha * grad.sign() - x).clamp(-radius, radius)
     return (x + delta).clamp(0, 1)
 
 
+@pytest.mark.parametrize("mode", ["eval", "train"])
 @pytest.mark.parametrize("name", ["fgsm_at", "fgsm_rs", "n_fgsm"])
-def test_baselines_are_the_textbook_loops_bit_by_bit(name, batch):
+def test_baselines_are_the_textbook_loops_bit_by_bit(name, mode, batch):
     """Three optimiser steps of ours and of the loop in the paper, losses compared by equality."""
-    args, losses = flags("--baseline", name), []
+    args, losses = flags("--baseline", name, "--attack-mode", mode), []
     x, y = batch
     for ours in (True, False):
         torch.manual_seed(0)
@@ -60,7 +64,7 @@ def test_baselines_are_the_textbook_loops_bit_by_bit(name, batch):
                 eta = torch.empty_like(x).uniform_(-1, 1) * size if size else torch.zeros_like(x)
                 alpha = 10 / 255 if name == "fgsm_rs" else EPS
                 radius = float("inf") if name == "n_fgsm" else EPS
-                adv = textbook_fgsm(model, x, y, eta, alpha, radius)
+                adv = textbook_fgsm(model, x, y, eta, alpha, radius, mode)
                 loss = F.cross_entropy(model(adv), y)
             optimizer.zero_grad()
             loss.backward()
@@ -87,7 +91,7 @@ def test_the_whole_method_is_its_formula(batch):
     torch.manual_seed(0)
     model = SmallNet().train()
     rng = torch.get_rng_state()
-    loss, hard, kl = one_step(model, x, y, args)
+    loss, hard, kl = one_step(copy.deepcopy(model), x, y, args)
 
     torch.set_rng_state(rng)
     lam = utils.draw_lam(1.0, x)
@@ -96,12 +100,12 @@ def test_the_whole_method_is_its_formula(batch):
     x_, y_ = (lam * a + (1 - lam) * a[order] for a in (x, labels))
     start = (x_ + EPS / 2 * torch.empty_like(x_).uniform_(-1, 1).sign()).clamp(0, 1)
     start.requires_grad_()
-    logits = model(start)
+    logits = model.eval()(start)
     q = (logits / 5).softmax(1)
     divergence = (torch.xlogy(y_, y_) - y_ * q.log()).sum()
     (grad,) = torch.autograd.grad(divergence, start)
     adv = (x_ + (start.detach() + EPS * grad.sign() - x_).clamp(-EPS, EPS)).clamp(0, 1)
-    out = model(adv)
+    out = model.train()(adv)
     y_hat = 0.9 * y_ + 0.1 / 10
     hard_ = -(y_hat * out.log_softmax(1)).sum(1).mean()
     p, r = (logits.detach() / 3).softmax(1), (out / 3).softmax(1)
@@ -116,18 +120,20 @@ def test_trades_is_its_formula(batch):
     args = flags("--baseline", "trades")
     torch.manual_seed(0)
     model = SmallNet().train()
-    rng = torch.get_rng_state()
-    loss, _, _ = one_step(model, x, y, args)
-    ours = torch.autograd.grad(loss, list(model.parameters()))
+    rng, twin = torch.get_rng_state(), copy.deepcopy(model)
+    loss, _, _ = one_step(twin, x, y, args)
+    ours = torch.autograd.grad(loss, list(twin.parameters()))
 
     torch.set_rng_state(rng)
     clean = model(x)
     adv = (x + torch.empty_like(x).uniform_(-1, 1) * EPS).clamp(0, 1)
+    model.eval()
     for _ in range(10):
         adv.requires_grad_()
         raised = F.kl_div(model(adv).log_softmax(1), clean.detach().softmax(1), reduction="sum")
         (grad,) = torch.autograd.grad(raised, adv)
         adv = attacks.project(adv.detach() + EPS / 4 * grad.sign(), x, EPS)
+    model.train()
     kl = F.kl_div(model(adv).log_softmax(1), clean.softmax(1), reduction="batchmean")
     expected = F.cross_entropy(clean, y) + 6 * kl
     torch.testing.assert_close(loss, expected)
@@ -143,12 +149,13 @@ def test_the_reference_gets_no_gradient_and_is_the_right_pass(reference, batch):
     torch.manual_seed(0)
     model = SmallNet().train()
     average = utils.WeightAverage(SmallNet(), 0.9)
-    loss, hard, kl = one_step(model, x, y, args, average.model)
-    (grad,) = torch.autograd.grad(kl, model.linear.weight, retain_graph=True)
-    with utils.statistics_held(model):
+    twin = copy.deepcopy(model)
+    loss, hard, kl = one_step(twin, x, y, args, average.model)
+    (grad,) = torch.autograd.grad(kl, twin.linear.weight, retain_graph=True)
+    with utils.statistics_held(model, "eval"):
         teacher = (average.model(x) if reference == "ema" else model(x)).detach()
         adv, _ = attack_of(args)(model, x, lambda z: F.cross_entropy(z / 2, y, reduction="sum"))
-        expected = utils.temperature_kl(model(adv), teacher, 2.0)
+    expected = utils.temperature_kl(model(adv), teacher, 2.0)
     torch.testing.assert_close(kl, expected)
     torch.testing.assert_close(grad, torch.autograd.grad(expected, model.linear.weight)[0])
     torch.testing.assert_close(loss, hard + 4 * kl)
@@ -166,7 +173,7 @@ def test_a_clean_reference_with_its_own_hard_term_gets_no_gradient_from_the_kl(b
     torch.manual_seed(0)
     model = SmallNet().train()
     clean = model(x).detach()
-    with utils.statistics_held(model):
+    with utils.statistics_held(model, "eval"):
         adv, _ = attack_of(flags())(model, x, lambda z: F.cross_entropy(z / 2, y, reduction="sum"))
     expected = utils.temperature_kl(model(adv), clean, 2.0)
     (through_the_student,) = torch.autograd.grad(expected, model.linear.weight)
@@ -327,6 +334,7 @@ def test_the_line_of_an_epoch_shows_percentages():
 def test_engine_flags_need_nothing_else(batch):
     """The step reads these flags and no others, so a caller can give them by hand."""
     names = "mixup_alpha num_classes kl_reference kl_weight hard_term attack_target kl_gradient"
+    names += " attack_mode"
     full = flags()
     args = SimpleNamespace(**{k: getattr(full, k) for k in [*names.split(), "label_smoothing"]})
     loss, _, _ = engine.mix_kl_step(

@@ -10,7 +10,8 @@ from conftest import ROOT
 
 import options
 
-TRAINING = """alpha attack_steps attack_target attack_temperature baseline batch_size data_dir debug
+TRAINING = """alpha attack_mode attack_steps attack_target attack_temperature baseline batch_size
+data_dir debug
 delta_init device early_stop ema_decay ema_value epochs epsilon factor hard_term held_out help
 kl_gradient kl_reference kl_weight label_smoothing lamda lr lr_min lr_peak lr_schedule mixup_alpha
 model momentum out_dir overwrite precision run_name seed synthetic temperature train_images

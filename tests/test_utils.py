@@ -1,5 +1,6 @@
 """Mixup, KL, averaging and schedules against their closed forms."""
 
+import copy
 import math
 from types import SimpleNamespace
 
@@ -148,18 +149,28 @@ def test_cosine_and_constant_and_line():
     assert [utils.line(4, 1)(t) for t in (0, 0.5, 1)] == [4, 2.5, 1]
 
 
-def test_statistics_held_uses_the_batch_and_records_nothing(net, batch):
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_statistics_held_records_nothing_and_uses_what_its_mode_says(net, batch, mode):
     x, _ = batch
     net.train()
+    net(x)  # running statistics that are neither those of the start nor of the batch
     before = {key: value.clone() for key, value in net.state_dict().items()}
-    with utils.statistics_held(net):
+    with utils.statistics_held(net, mode):
         held = net(x)
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
-    assert torch.equal(held, net(x))  # the same normalisation as an ordinary training pass
+    assert all(module.training for module in net.modules())
+    plain = copy.deepcopy(net)
+    assert torch.equal(held, plain.train(mode == "train")(x))
+    assert not torch.equal(held, plain.train(mode != "train")(x))
+    net(x)
     assert not torch.equal(net.bn1.running_mean, before["bn1.running_mean"])
-    net.eval()
-    with utils.statistics_held(net):  # in eval mode it changes nothing
-        assert torch.equal(net(x), net(x).clone()) and net.bn1.track_running_stats
+
+
+def test_statistics_held_gives_the_mode_back_when_the_model_raises(net):
+    net.train()
+    with pytest.raises(RuntimeError), utils.statistics_held(net, "eval"):
+        raise RuntimeError("planted")
+    assert net.training and net.bn1.track_running_stats
 
 
 def test_seed_everything_seeds_every_generator():
