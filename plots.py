@@ -24,12 +24,15 @@ def curves(rows: list[dict[str, float]], path: Path) -> None:
         )
         if f"ema_{key}_acc" in rows[0]:
             averaged = [100 * row[f"ema_{key}_acc"] for row in rows]
-            accuracy.plot(epochs, averaged, "--", c=color, label=f"{name}, averaged weights")
+            accuracy.plot(epochs, averaged, "--", c=color, label=f"{name}, averaged")
     for number, epoch in enumerate(row["epoch"] for row in rows if row["collapse"]):
         label = "collapse" if number == 0 else None
         accuracy.axvline(epoch, c="tab:red", lw=6, alpha=0.3, label=label)
     accuracy.set(xlabel="epoch", ylabel="held-out accuracy [%]", ylim=(0, None))
-    accuracy.legend(fontsize=8)
+    above = dict(
+        loc="lower left", bbox_to_anchor=(0, 1), fontsize=7, columnspacing=1, frameon=False
+    )
+    accuracy.legend(ncols=4, **above)
 
     loss.plot(epochs, [row["loss"] for row in rows], "o-", ms=3, c="k", label="loss")
     loss.plot(epochs, [row["hard_loss"] for row in rows], "--", c="k", label="hard term")
@@ -39,7 +42,8 @@ def curves(rows: list[dict[str, float]], path: Path) -> None:
     rate.plot(epochs, [row["lr"] for row in rows], c="tab:purple", lw=1, label="learning rate")
     rate.set(ylabel="learning rate", ylim=(0, None))
     lines = loss.get_lines() + rate.get_lines()
-    loss.legend(lines, [entry.get_label() for entry in lines], fontsize=8)
+    labels = [entry.get_label() for entry in lines]
+    loss.legend(lines, labels, ncols=2, **above)
     for axes in (accuracy, loss):
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
