@@ -20,7 +20,7 @@ EPS = 8 / 255
 
 
 def flags(*words):
-    args = options.parse_training(list(words), "doc", {})
+    args = options.parse_training(["--attack-mode", "eval", *words], "doc", {})
     args.num_classes, args.dtype = 10, torch.float32
     return args
 
@@ -83,11 +83,12 @@ def test_plain_flags_are_fgsm_rs(batch):
     assert results[0] == results[1]
 
 
-def test_the_whole_method_is_its_formula(batch):
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_the_whole_method_is_its_formula(batch, mode):
     """Mixup, T of the attack, smoothed hard term and KL to the start, written out."""
     x, y = batch
     args = flags("--mixup-alpha", "1", "--temperature", "3", "--attack-temperature", "5",
-                 "--kl-weight", "2", "--label-smoothing", "0.1")  # fmt: skip
+                 "--kl-weight", "2", "--label-smoothing", "0.1", "--attack-mode", mode)  # fmt: skip
     torch.manual_seed(0)
     model = SmallNet().train()
     rng = torch.get_rng_state()
@@ -100,7 +101,7 @@ def test_the_whole_method_is_its_formula(batch):
     x_, y_ = (lam * a + (1 - lam) * a[order] for a in (x, labels))
     start = (x_ + EPS / 2 * torch.empty_like(x_).uniform_(-1, 1).sign()).clamp(0, 1)
     start.requires_grad_()
-    logits = model.eval()(start)
+    logits = model.train(mode == "train")(start)
     q = (logits / 5).softmax(1)
     divergence = (torch.xlogy(y_, y_) - y_ * q.log()).sum()
     (grad,) = torch.autograd.grad(divergence, start)
