@@ -131,7 +131,7 @@ def add_method(parser: Parser) -> None:
     add("--attack-target", choices=("labels", "clean"), default="labels",
         help="raise the KL to the labels, or to the clean prediction as TRADES does")
     add("--attack-mode", choices=("eval", "train"), default="train",
-        help="batch norm of the attack and of the reference: the running statistics, or the batch's "
+        help="batch norm of the attack and of the reference: running statistics or the batch's "
         "(default %(default)s)")
     parser.set_defaults(alpha_ratio=1.0)
 
