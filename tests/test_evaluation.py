@@ -11,7 +11,7 @@ import attacks
 import evaluation
 from evaluation import Attack, parse_attack
 
-EPS = 8 / 255
+EPS = 3 / 255
 
 
 def verdicts(model, x, y, *names, epsilon=EPS, batch_size=100, seed=0):
