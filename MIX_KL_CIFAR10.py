@@ -5,6 +5,7 @@
 The method is ``engine.mix_kl_step``; this script chooses data, network and attack.
 """
 
+import argparse
 from functools import partial
 
 import torch
@@ -15,6 +16,8 @@ import data
 import engine
 import evaluation
 import options
+import parallel
+import record
 import utils
 from models import build_model, canonical_name
 
@@ -34,18 +37,25 @@ DEFAULTS = dict(
 
 
 def main(argv: list[str]) -> None:
-    """Parse the flags, build the pieces, train."""
+    """Parse the flags, join the other processes if there are any, train."""
     args = options.parse_training(argv, __doc__, DEFAULTS)
     args.num_classes = NUM_CLASSES
     if args.factor is not None:
         args.label_smoothing = utils.smoothing_of_factor(args.factor, NUM_CLASSES)
     name = canonical_name(args.model)
-    device = utils.pick_device(args.device)
+    device = parallel.start(args.device)
     args.dtype = utils.pick_precision(args.precision, device)
+    args.processes = parallel.size()
     utils.keep_freed_memory()
-    utils.seed_everything(args.seed)
+    utils.seed_everything(args.seed, parallel.rank())
+    with parallel.together():
+        run(args, name, device)
 
-    dataset = data.load(DATASET, NUM_CLASSES, args.data_dir, args.synthetic)
+
+def run(args: argparse.Namespace, name: str, device: torch.device) -> None:
+    """Train one network on one device, alone or with other processes."""
+    with parallel.rank_0_first():
+        dataset = data.load(DATASET, NUM_CLASSES, args.data_dir, args.synthetic)
     train, held_out = data.split_held_out(dataset.train.to(device), args.held_out)
     batches = data.TrainingBatches(
         train.first(args.train_images, "--train-images"), args.batch_size
@@ -65,10 +75,12 @@ def main(argv: list[str]) -> None:
         epsilon=epsilon, batch_size=250, seed=0,
     )  # fmt: skip
 
-    folder = checkpoint.start_run(args, f"{dataset.name}-{args.method}-seed{args.seed}")
+    default = f"{dataset.name}-{args.method}-seed{args.seed}"
+    folder = None if parallel.rank() else record.start_run(args, default)
     facts = checkpoint.facts(args, dataset.name, name, network)
+    machine = f"{args.processes} x {device.type}, {args.dtype}"
     print(f"{args.method} on {len(batches.labels):,} images of {dataset.name} ({dataset.origin}), "
-          f"{name}, {device}, {args.dtype}; results in {folder}")  # fmt: skip
+          f"{name}, {machine}; results in {folder}")  # fmt: skip
     engine.train(
         model, batches, attack=attack, measure=measure, args=args, facts=facts, folder=folder
     )

@@ -1,6 +1,5 @@
 """Model files that are whole, safe to open, and say what they hold."""
 
-import json
 import os
 import platform
 import subprocess
@@ -159,47 +158,3 @@ def commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return done.stdout.strip()
-
-
-def start_run(args: Namespace, default: str) -> Path:
-    """Create the folder of a run, write its ``args.json``, and return it.
-
-    Args:
-        args: All flags of the run.
-        default: Name of the folder where ``--run-name`` gives none.
-
-    Raises:
-        ValueError: The name that the user gave is taken.
-    """
-    folder = run_folder(args.out_dir, args.run_name, default, args.overwrite)
-    text = json.dumps(plain(args) | {"commit": commit()}, indent=2)
-    (folder / "args.json").write_text(text + "\n")
-    return folder
-
-
-def run_folder(out_dir: Path, name: str | None, default: str, overwrite: bool) -> Path:
-    """Create and return the folder of a run, never one that is in use.
-
-    Args:
-        out_dir: Folder of all runs; created where missing.
-        name: Name that the user gave, or None.
-        default: Name to number (``default``, ``default-2``, ...) where the user gave none.
-        overwrite: Whether a run of the given name may be replaced.
-
-    Raises:
-        ValueError: The name that the user gave is taken.
-    """
-    out_dir.mkdir(parents=True, exist_ok=True)
-    for number in range(1, 1_000_000):
-        stem = name or (default if number == 1 else f"{default}-{number}")
-        try:
-            (out_dir / stem).mkdir(exist_ok=bool(name) and overwrite)
-        except FileExistsError:
-            if name:
-                raise ValueError(
-                    f"{out_dir / name}: exists; choose another --run-name, or add --overwrite"
-                ) from None
-            continue
-        (out_dir / stem / "log.csv").unlink(missing_ok=True)
-        return out_dir / stem
-    raise ValueError(f"{out_dir}: too many runs")

@@ -7,7 +7,6 @@ arrays and nothing else.
 import hashlib
 import importlib
 import pickle
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -260,7 +259,7 @@ def split_held_out(images: Images, count: int) -> tuple[Images, Images]:
 
 
 class TrainingBatches:
-    """Shuffled batches of augmented images; each pass over it is one epoch.
+    """Shuffled batches of augmented images, gathered on the device.
 
     A batch is one gather from the padded uint8 images: random crop (pad 4) and flip are only other
     indices. The last incomplete batch is dropped, so that batch norm never sees a few images.
@@ -278,15 +277,14 @@ class TrainingBatches:
         """Return the number of batches in an epoch."""
         return len(self.labels) // self.batch_size
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (B, 3, 32, 32) images in [0, 1], channels last in memory, and (B,) labels."""
-        device = self.labels.device
-        order = torch.randperm(len(self.labels), device=device)
-        for index in order[: len(self) * self.batch_size].split(self.batch_size):
-            yield self.augment(index), self.labels[index]
+    def shuffled(self, rng: np.random.Generator) -> Tensor:
+        """Return the (batches, B) indices of an epoch; each image comes at most once."""
+        order = torch.from_numpy(rng.permutation(len(self.labels)))
+        order = order[: len(self) * self.batch_size].view(len(self), self.batch_size)
+        return order.to(self.labels.device)
 
-    def augment(self, index: Tensor) -> Tensor:
-        """Return the indexed images, randomly cropped and flipped."""
+    def load(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (B, 3, 32, 32) images in [0, 1], cropped and flipped, and (B,) labels."""
         count, device = len(index), index.device
         corner = torch.randint(2 * PAD + 1, (2, count, 1), device=device)
         flip = torch.rand(count, 1, device=device) < 0.5
@@ -294,4 +292,4 @@ class TrainingBatches:
         rows = corner[0] + ramp
         cols = corner[1] + torch.where(flip, ramp.flip(0), ramp)
         pixels = self.padded[index[:, None, None], rows[:, :, None], cols[:, None, :]]
-        return pixels.permute(0, 3, 1, 2) / 255
+        return pixels.permute(0, 3, 1, 2) / 255, self.labels[index]

@@ -1,17 +1,16 @@
 """Robust accuracy per attack, the worst case over attacks image by image, and the report."""
 
-import json
-import platform
 import re
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import attacks
+import parallel
+import report
 
 STEP = 2 / 255  # alpha of PGD and CW, a pixel fraction
 LOSSES = {"pgd": attacks.cross_entropy_loss, "cw": attacks.margin_loss}
@@ -97,57 +96,59 @@ def ascend(
 ) -> Ascent:
     """Attack images until they fall, and note the step of each fall.
 
-    An image counts as fooled if any iterate, the start included, fools the model; it is then
-    attacked no further. So the verdict after k steps is that of a k-step attack from the same
-    start, for every k at once.
+    An image is fooled if any iterate, the start included, fools the model; it is then attacked no
+    further. So the verdict after k steps is that of a k-step attack from the same start, for every
+    k at once. The pool under attack keeps its size while there are images left: where one leaves,
+    the next of the queue takes its lane, at its own first step.
 
     Args:
         model: Maps images in [0, 1] to logits.
-        x: (N, C, H, W) all images.
-        y: (N,) their labels.
-        starts: (N, C, H, W) where to begin, on any device.
+        x: (N, C, H, W) all images; ``y``: (N,) labels; ``starts``: where to begin, on any device.
         todo: Indices of the images to attack.
-        loss: What to raise.
+        loss: What to raise, in ``steps`` steps.
         epsilon: Radius of the ball, and ``alpha``: the step, pixel fractions.
-        steps: Number of gradient steps.
-        batch_size: Images at a time.
+        batch_size: Lanes of the pool.
         bar: Moves on by one for each image done.
     """
     first = torch.full((len(x),), steps + 1, device=x.device)
-    seconds = [0.0] * (steps + 1)
+    spent = torch.zeros(steps + 1, dtype=torch.float64)
+    lanes, queue = todo[:0], todo
+    x_adv, age = x[:0], todo[:0]  # of each lane: its image now, and the steps that it has taken
+    ends = []  # images after their last step, and which they are
     with attacks.measuring(model, x):
-        for batch in todo.split(batch_size):
-            active, x_adv = batch, starts[batch.to(starts.device)].to(x.device)
+        while len(lanes) or len(queue):
             began = time.perf_counter()
-            for step in range(steps + 1):
-                labels, stepped = y[active], x_adv
-                if step < steps:
-                    stepped, logits = attacks.sign_ascent(
-                        model, x[active], lambda z: loss(z, labels), x_adv,  # noqa: B023
-                        epsilon=epsilon, alpha=alpha,
-                    )  # fmt: skip
-                else:
-                    with torch.no_grad():
-                        logits = model(x_adv)
-                fell = attacks.fooled(logits, labels)
-                first[active[fell]] = step
-                active, x_adv = active[~fell], stepped[~fell]
-                seconds[step] += time.perf_counter() - began
-                began = time.perf_counter()
-                if not len(active):
-                    break
-            bar.update(len(batch))
-    return Ascent(first, list(torch.tensor(seconds).cumsum(0).tolist()))
+            fresh, queue = queue.tensor_split([batch_size - len(lanes)])
+            lanes, age = torch.cat([lanes, fresh]), torch.cat([age, torch.zeros_like(fresh)])
+            x_adv = torch.cat([x_adv, starts[fresh.to(starts.device)].to(x.device)])
+            labels = y[lanes]
+            stepped, logits = attacks.sign_ascent(
+                model, x[lanes], lambda z: loss(z, labels), x_adv,  # noqa: B023
+                epsilon=epsilon, alpha=alpha,
+            )  # fmt: skip
+            fell = attacks.fooled(logits, labels)
+            first[lanes[fell]] = age[fell]
+            ended = ~fell & (age == steps - 1)
+            going = ~fell & ~ended
+            ends.append((lanes[ended], stepped[ended]))
+            each = (time.perf_counter() - began) / len(lanes)
+            spent += each * torch.bincount(age, minlength=steps + 1).cpu()
+            bar.update(len(lanes) - int(going.sum()))
+            lanes, age, x_adv = lanes[going], age[going] + 1, stepped[going]
+        began = time.perf_counter()
+        for last, images in ends:
+            first[last[~standing(model, images, y[last], batch_size)]] = steps
+        spent[steps] += time.perf_counter() - began
+    return Ascent(first, spent.cumsum(0).tolist())
 
 
-def clean_standing(model: nn.Module, x: Tensor, y: Tensor, batch_size: int) -> Tensor:
-    """Return (N,) whether each unperturbed image is classified right."""
+def standing(model: nn.Module, x: Tensor, y: Tensor, batch_size: int) -> Tensor:
+    """Return (N,) whether each image is classified right."""
+    verdict = torch.zeros_like(y, dtype=torch.bool)
     with attacks.measuring(model, x), torch.no_grad():
-        parts = [
-            ~attacks.fooled(model(images), labels)
-            for images, labels in zip(x.split(batch_size), y.split(batch_size), strict=True)
-        ]
-    return torch.cat(parts)
+        for index in torch.arange(len(y), device=y.device).split(batch_size):
+            verdict[index] = ~attacks.fooled(model(x[index]), y[index])
+    return verdict
 
 
 def standing_images(
@@ -159,47 +160,74 @@ def standing_images(
     epsilon: float,
     batch_size: int,
     seed: int,
+    cascade: bool = False,
     progress: bool = False,
 ) -> dict[Attack, tuple[Tensor, float]]:
     """Return per attack (N,) which images still stand, and its seconds.
 
     Images that are wrong when clean are counted as fooled by every attack, and not attacked.
-    Attacks that differ in their number of steps only are read off one run.
+    Attacks of one family are read off one run, its restarts seeing survivors only. With
+    ``cascade`` so do later families, and an attack's verdict includes those before it. Several
+    processes share the images out, and all of them return all verdicts.
     """
     began = time.perf_counter()
-    clean = clean_standing(model, x, y, batch_size)
+    mine = parallel.share(torch.arange(len(y), device=y.device))
+    clean = torch.ones_like(y)
+    clean[mine] = standing(model, x[mine], y[mine], batch_size).long()
+    clean = parallel.minimum_(clean).bool()
     verdicts = {Attack("clean"): (clean, time.perf_counter() - began)}
-    for members in shared_runs(chosen):
-        longest = max(members, key=lambda attack: attack.steps)
-        family, restarts, steps = longest.family, longest.restarts, longest.steps
-        todo, found = clean.nonzero().squeeze(1), []
-        for restart in range(restarts):
-            starts = x if family == "fgsm" else uniform_starts(x, epsilon, seed + restart)
-            hidden = None if progress else True
-            with tqdm(total=len(todo), desc=longest.name, unit="img", disable=hidden) as bar:
-                found.append(
-                    ascend(
-                        model, x, y, starts, todo, steps=steps, epsilon=epsilon,
-                        loss=LOSSES.get(family, attacks.cross_entropy_loss),
-                        alpha=longest.alpha(epsilon), batch_size=batch_size, bar=bar,
-                    )
-                )  # fmt: skip
-            todo = todo[found[-1].first_fooled[todo] > steps]
+    upright = clean
+    for family in dict.fromkeys(attack.family for attack in chosen if attack.family != "clean"):
+        members = [attack for attack in chosen if attack.family == family]
+        runs = restarts(
+            model, x, y, upright, members,
+            epsilon=epsilon, batch_size=batch_size, seed=seed, progress=progress,
+        )  # fmt: skip
         for attack in members:
-            fell = torch.stack([run.first_fooled for run in found]) <= attack.steps
-            seconds = sum(run.seconds[attack.steps] for run in found)
-            verdicts[attack] = clean & ~fell.any(0), seconds
+            used = runs[: attack.restarts]
+            fell = torch.stack([run.first_fooled for run in used]).amin(0) <= attack.steps
+            seconds = sum(run.seconds[min(attack.steps, len(run.seconds) - 1)] for run in used)
+            verdicts[attack] = upright & ~fell, seconds
+        if cascade:
+            upright = torch.stack([verdicts[attack][0] for attack in members]).all(0)
     return {attack: verdicts[attack] for attack in chosen}
 
 
-def shared_runs(chosen: list[Attack]) -> list[list[Attack]]:
-    """Group the attacks that one run answers: those that differ in steps only, with one restart."""
-    runs: dict[tuple, list[Attack]] = {}
-    for attack in chosen:
-        if attack.family != "clean":
-            steps = attack.steps if attack.restarts > 1 else None
-            runs.setdefault((attack.family, attack.restarts, steps), []).append(attack)
-    return list(runs.values())
+def restarts(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    upright: Tensor,
+    members: list[Attack],
+    *,
+    epsilon: float,
+    batch_size: int,
+    seed: int,
+    progress: bool,
+) -> list[Ascent]:
+    """Run what answers all ``members``, attacks of one family: one ascent per restart.
+
+    A restart sees the images that stand for at least one of the attacks that it is for.
+    """
+    family, todo, runs = members[0].family, upright, []
+    for restart in range(max(attack.restarts for attack in members)):
+        waiting = [attack.steps for attack in members if attack.restarts > restart]
+        if runs:
+            fell = torch.stack([run.first_fooled for run in runs]).amin(0)
+            todo = upright & (fell > min(waiting))
+        starts = x if family == "fgsm" else uniform_starts(x, epsilon, seed + restart)
+        mine = parallel.share(todo.nonzero().squeeze(1))
+        hidden = None if progress and not parallel.rank() else True
+        name = Attack(family, max(waiting)).name + f" {restart + 1}" * bool(restart)
+        with tqdm(total=len(mine), desc=name, unit="img", disable=hidden) as bar:
+            run = ascend(
+                model, x, y, starts, mine, steps=max(waiting), epsilon=epsilon,
+                loss=LOSSES.get(family, attacks.cross_entropy_loss),
+                alpha=members[0].alpha(epsilon), batch_size=batch_size, bar=bar,
+            )  # fmt: skip
+        parallel.minimum_(run.first_fooled)
+        runs.append(run)
+    return runs
 
 
 def accuracies(
@@ -223,6 +251,7 @@ def evaluate(
     epsilon: float,
     batch_size: int,
     seed: int,
+    cascade: bool = False,
 ) -> dict[str, object]:
     """Measure a model under several attacks, with progress bars, and return the report.
 
@@ -233,6 +262,7 @@ def evaluate(
         epsilon: Radius of the ball, a pixel fraction.
         batch_size: Images at a time.
         seed: Of the random starts.
+        cascade: Whether an attack sees only what those before it left standing.
 
     Returns:
         ``n``, one row per attack with its parameters, ``correct``, ``accuracy`` in [0, 1] and
@@ -240,7 +270,15 @@ def evaluate(
     """
     chosen = list(dict.fromkeys(parse_attack(name) for name in names))
     verdicts = standing_images(
-        model, x, y, chosen, epsilon=epsilon, batch_size=batch_size, seed=seed, progress=True
+        model,
+        x,
+        y,
+        chosen,
+        epsilon=epsilon,
+        batch_size=batch_size,
+        seed=seed,
+        cascade=cascade,
+        progress=True,
     )
     rows = []
     for attack, (standing, seconds) in verdicts.items():
@@ -251,49 +289,7 @@ def evaluate(
         rows.append(row | {"accuracy": correct / len(x), "seconds": seconds})
     worst = int(torch.stack([standing for standing, _ in verdicts.values()]).all(0).sum())
     return {
-        "n": len(x), "epsilon": epsilon, "attacks": rows,
-        "worst_case": {"correct": worst, "accuracy": worst / len(x)}, "machine": machine(x.device),
+        "n": len(x), "epsilon": epsilon, "cascade": cascade, "attacks": rows,
+        "worst_case": {"correct": worst, "accuracy": worst / len(x)},
+        "machine": report.machine(x.device),
     }  # fmt: skip
-
-
-def machine(device: torch.device) -> dict[str, str]:
-    """Return what the numbers were made on."""
-    hardware = platform.processor() or platform.machine()
-    if device.type == "cuda":
-        hardware = torch.cuda.get_device_name(device)
-    elif Path("/proc/cpuinfo").exists():
-        models = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-        hardware = f"{len(models)} x {models[0]}" if models else hardware
-    return {
-        "hardware": hardware,
-        "torch": str(torch.__version__),
-        "python": platform.python_version(),
-    }
-
-
-def table(report: dict[str, object]) -> str:
-    """Return the report as the table that is printed."""
-    lines = [f"{'attack':<12}{'loss':<8}{'alpha':>8}{'steps':>7}{'restarts':>10}{'start':>9}"
-             f"{'correct':>15}{'accuracy':>10}{'seconds':>9}"]  # fmt: skip
-    for row in report["attacks"]:
-        alpha = f"{255 * row['alpha']:g}/255" if row["steps"] else "-"
-        correct = f"{row['correct']:,}/{row['n']:,}"
-        lines.append(
-            f"{row['attack']:<12}{row['loss']:<8}{alpha:>8}{row['steps']:>7}{row['restarts']:>10}"
-            f"{row['start']:>9}{correct:>15}{row['accuracy']:>10.2%}{row['seconds']:>9.1f}"
-        )
-    worst = report["worst_case"]
-    correct = f"{worst['correct']:,}/{report['n']:,}"
-    lines.append(f"{'worst case, image by image':<54}{correct:>15}{worst['accuracy']:>10.2%}")
-    return "\n".join(lines)
-
-
-def write(report: dict[str, object], out_dir: Path, stem: str) -> Path:
-    """Write the report as JSON below ``out_dir`` and return the file; never over another one."""
-    out_dir.mkdir(parents=True, exist_ok=True)
-    for number in range(1, 1_000_000):
-        path = out_dir / (f"{stem}.json" if number == 1 else f"{stem}-{number}.json")
-        if not path.exists():
-            path.write_text(json.dumps(report, indent=2) + "\n")
-            return path
-    raise ValueError(f"{out_dir}: too many reports")

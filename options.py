@@ -145,7 +145,8 @@ def add_optimisation(parser: Parser) -> None:
         help="channels of a ResNet's first stage, a multiple of 8 (default 64)")
     add("--epochs", type=count(), default=110,
         help="passes over the training images (default %(default)s)")
-    add("--batch-size", type=count(2), default=128, help="images a step (default %(default)s)")
+    add("--batch-size", type=count(2), default=128,
+        help="images a step, of all processes together (default %(default)s)")
     add("--lr", "--lr-max", type=number(0), default=0.1,
         help="highest learning rate (default %(default)s)")
     add("--lr-min", type=number(0), default=0.0, help="lowest, where the schedule has one")
@@ -157,8 +158,11 @@ def add_optimisation(parser: Parser) -> None:
     add("--momentum", type=number(0, 1), default=0.9, help="of SGD (default %(default)s)")
     add("--weight-decay", type=number(0), default=5e-4,
         help="of SGD, on all parameters (default %(default)s)")
-    add("--precision", choices=("auto", "fp32", "bf16"), default="auto",
+    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
         help="of training; auto: bf16 where the processor has it. Measuring is always fp32")
+    add("--compile", choices=("auto", "on", "off"), default="auto",
+        help="whether the training step is one CUDA graph; auto: on a single GPU "
+        "(default %(default)s)")
 
 
 def add_run(parser: Parser) -> None:
@@ -233,6 +237,8 @@ def measuring_parser(doc: str) -> Parser:
         f"{' '.join(DEFAULT_ATTACKS)})")
     add("--epsilon", type=pixels, default=8.0, metavar="E",
         help="[1/255]: 8, 8/255 or 0.03137 (default 8)")
+    add("--cascade", action="store_true", help="attack only what the attacks before left standing: "
+        "accuracies are then cumulative, the worst case is the same, and it is reached sooner")
     add("--n-examples", type=count(), metavar="N", help="the first N test images (default: all)")
     add("--weights", choices=("raw", "ema"),
         help="which set of the file (default: the one it selects)")

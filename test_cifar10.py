@@ -5,12 +5,16 @@
 The file says which network it holds; ``evaluation.py`` says what each attack is.
 """
 
+import argparse
+
 import torch
 
 import checkpoint
 import data
 import evaluation
 import options
+import parallel
+import report
 import utils
 from models import build_model
 
@@ -19,19 +23,26 @@ NUM_CLASSES = 10
 
 
 def main(argv: list[str]) -> None:
-    """Load the checkpoint, attack the test images, print and write the report."""
+    """Parse the flags, join the other processes if there are any, measure."""
     args = options.parse_measuring(argv, __doc__)
     names = [evaluation.parse_attack(name).name for name in args.attacks]
-    device = utils.pick_device(args.device)
+    device = parallel.start(args.device)
     utils.keep_freed_memory()
 
+    with parallel.together():
+        run(args, names, device)
+
+
+def run(args: argparse.Namespace, names: list[str], device: torch.device) -> None:
+    """Measure one checkpoint on one device, alone or with other processes."""
     saved = checkpoint.load(args.model_path)
     name, network = checkpoint.architecture(saved, args, NUM_CLASSES)
     model = build_model(name, **network)
     weights = checkpoint.load_weights(model, saved, args.weights, args.model_path)
     model = model.to(device, memory_format=torch.channels_last)
 
-    dataset = data.load(DATASET, NUM_CLASSES, args.data_dir, args.synthetic)
+    with parallel.rank_0_first():
+        dataset = data.load(DATASET, NUM_CLASSES, args.data_dir, args.synthetic)
     images = dataset.test.first(args.n_examples, "--n-examples").to(device)
     trained_on = saved.get("dataset", "unknown images")
     facts = {"checkpoint": str(args.model_path), "model": name, "weights": weights}
@@ -41,13 +52,16 @@ def main(argv: list[str]) -> None:
           f"eps {args.epsilon:g}/255, {device}")  # fmt: skip
 
     # From here on sizes are pixel fractions: this is the only place that divides by 255.
-    report = facts | evaluation.evaluate(
+    measured = facts | evaluation.evaluate(
         model, images.as_float(), images.labels, names,
         epsilon=args.epsilon / 255, batch_size=args.batch_size, seed=args.seed,
+        cascade=args.cascade,
     )  # fmt: skip
-    print(evaluation.table(report))
+    if parallel.rank():
+        return
+    print(report.table(measured))
     stem = f"{args.model_path.resolve().parent.name}-{args.model_path.stem}-report"
-    print(f"report: {evaluation.write(report, args.out_dir, stem)}")
+    print(f"report: {report.write(measured, args.out_dir, stem)}")
 
 
 if __name__ == "__main__":

@@ -15,29 +15,27 @@ from torch import Tensor, nn
 # ------------------------------------------------------------------------------------------- labels
 
 
-def draw_lam(alpha: float, like: Tensor) -> Tensor:
-    """Return one mixing weight lam ~ Beta(alpha, alpha), a scalar on the device of ``like``."""
-    concentration = torch.tensor(alpha, dtype=torch.float32)
-    return torch.distributions.Beta(concentration, concentration).sample().to(like.device)
+def draw_lam(alpha: float, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Return ``count`` mixing weights lam ~ Beta(alpha, alpha); all 1 where alpha is 0."""
+    return rng.beta(alpha, alpha, count) if alpha > 0 else np.ones(count)
 
 
-def mixup(
-    x: Tensor, y: Tensor, lam: Tensor, order: Tensor, num_classes: int
-) -> tuple[Tensor, Tensor]:
-    """Mix each image and its label with those of a partner, arXiv:1710.09412, Eq. 1.
+def mixup(x: Tensor, y: Tensor, lam: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Mix each image and its label with those of the one before it, arXiv:1710.09412, Eq. 1.
+
+    In a shuffled batch that is a random partner, and never the image itself.
 
     Args:
         x: (N, C, H, W) images.
         y: (N,) class indices.
-        lam: Weight of the first image, in [0, 1]; a scalar.
-        order: (N,) permutation; image i is mixed with image order[i].
+        lam: Weight of an image against its partner, in [0, 1]; a scalar.
         num_classes: K.
 
     Returns:
         (N, C, H, W) mixed images and (N, K) label distributions.
     """
-    labels = F.one_hot(y, num_classes).to(x.dtype)
-    return torch.lerp(x[order], x, lam), torch.lerp(labels[order], labels, lam)
+    labels = x.new_zeros(len(y), num_classes).scatter_(1, y[:, None], 1)
+    return torch.lerp(x.roll(1, 0), x, lam), torch.lerp(labels.roll(1, 0), labels, lam)
 
 
 def smoothing_of_factor(factor: float, num_classes: int) -> float:
@@ -80,27 +78,37 @@ def temperature_kl(student: Tensor, teacher: Tensor, temperature: float | Tensor
 class WeightAverage:
     """An exponential moving average of a network's weights and buffers, beside the network.
 
-    The decay warms up as min(decay, (1 + t) / (10 + t)) over the updates t = 0, 1, ..., so that the
-    random start is soon forgotten. ``model`` is the averaged network, in eval mode, frozen.
+    ``model`` is the averaged network, in eval mode, frozen; ``tensors`` are all its parts.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        """Start from a copy of ``model``; ``decay`` is in [0, 1)."""
+    def __init__(self, model: nn.Module) -> None:
+        """Start from a copy of ``model``."""
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        self.decay = decay
-        self.updates = 0
+        self.tensors = list(self.model.state_dict().values())
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        """Move the average towards the weights of ``model``; integer buffers are copied."""
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        self.updates += 1
-        mine, theirs = self.model.state_dict().values(), model.state_dict().values()
-        floats = [(a, b) for a, b in zip(mine, theirs, strict=True) if a.is_floating_point()]
-        torch._foreach_lerp_([a for a, _ in floats], [b for _, b in floats], 1 - decay)
-        for a, b in zip(mine, theirs, strict=True):
-            if not a.is_floating_point():
-                a.copy_(b)
+    def update(self, model: nn.Module, pull: Tensor) -> None:
+        """Move by the share ``pull`` (see there) towards ``model``; integer buffers are copied."""
+        pairs = list(zip(self.tensors, model.state_dict().values(), strict=True))
+        mine, theirs = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
+        torch._foreach_lerp_(mine, theirs, [pull] * len(mine))
+        for average, value in pairs:
+            if not average.is_floating_point():
+                average.copy_(value)
+
+
+def pull(decay: float, updates: int) -> float:
+    """Return how far an average of this decay moves after ``updates`` updates, in (0, 1].
+
+    The decay warms up as min(decay, (1 + t) / (10 + t)): the random start is soon forgotten.
+    """
+    return 1 - min(decay, (1 + updates) / (10 + updates))
+
+
+def statistics(model: nn.Module | None) -> list[Tensor]:
+    """Return the running means and variances of a network."""
+    buffers = dict(model.named_buffers()) if model else {}
+    return [value for name, value in buffers.items() if "running_" in name]
 
 
 @contextmanager
@@ -166,10 +174,11 @@ def line(first: float, last: float) -> Schedule:
 # ------------------------------------------------------------------------------------- this process
 
 
-def seed_everything(seed: int) -> None:
-    """Seed python, numpy and torch on every device."""
+def seed_everything(seed: int, rank: int = 0) -> None:
+    """Seed python, numpy and torch on every device, differently in each process."""
+    seed += 1_000_003 * rank
     random.seed(seed)
-    np.random.seed(seed)
+    np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
@@ -193,7 +202,7 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
     """Return the number format of the training passes; ``auto`` is bf16 where it is native."""
     if name == "auto":
         name = "bf16" if has_native_bf16(device) else "fp32"
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
 def has_native_bf16(device: torch.device) -> bool:

@@ -10,6 +10,7 @@ import torch
 from conftest import SmallNet
 
 import checkpoint
+import record
 from models import build_model
 
 
@@ -120,14 +121,14 @@ def test_a_file_of_something_else_is_refused(tmp_path):
 
 
 def test_runs_never_share_a_folder(tmp_path):
-    folders = [checkpoint.run_folder(tmp_path / "out", None, "run", False).name for _ in range(3)]
+    folders = [record.run_folder(tmp_path / "out", None, "run", False).name for _ in range(3)]
     assert folders == ["run", "run-2", "run-3"]
-    checkpoint.run_folder(tmp_path / "out", "mine", "run", False)
+    record.run_folder(tmp_path / "out", "mine", "run", False)
     (tmp_path / "out" / "mine" / "log.csv").write_text("old")
     with pytest.raises(ValueError, match="choose another --run-name, or add --overwrite"):
-        checkpoint.run_folder(tmp_path / "out", "mine", "run", False)
+        record.run_folder(tmp_path / "out", "mine", "run", False)
     assert (tmp_path / "out" / "mine" / "log.csv").read_text() == "old"
-    checkpoint.run_folder(tmp_path / "out", "mine", "run", True)
+    record.run_folder(tmp_path / "out", "mine", "run", True)
     assert not (tmp_path / "out" / "mine" / "log.csv").exists()
 
 

@@ -171,7 +171,7 @@ def test_crop_and_flip_are_those_of_an_image_at_a_time():
     batches = data.TrainingBatches(data.Images(pixels, torch.arange(64)), 16)
     padded = np.pad(pixels.numpy(), ((0, 0), (4, 4), (4, 4), (0, 0)))
     corners, flips = [], []
-    for x, y in batches:
+    for x, y in map(batches.load, batches.shuffled(np.random.default_rng(0))):
         assert x.is_contiguous(memory_format=torch.channels_last) and x.dtype == torch.float32
         for image, label in zip(
             (x * 255).round().byte().permute(0, 2, 3, 1).numpy(), y, strict=True
@@ -191,9 +191,12 @@ def test_crop_and_flip_are_those_of_an_image_at_a_time():
 def test_an_epoch_sees_every_image_once_in_a_new_order():
     images = data.Images(torch.zeros(50, 32, 32, 3, dtype=torch.uint8), torch.arange(50))
     batches = data.TrainingBatches(images, 16)
-    orders = [torch.cat([y for _, y in batches]).tolist() for _ in range(2)]
-    assert len(batches) == 3 and all(len(set(order)) == 48 for order in orders)
-    assert orders[0] != orders[1]
+    first, again, other = (
+        batches.shuffled(np.random.default_rng([0, epoch])).flatten().tolist()
+        for epoch in (1, 1, 2)
+    )
+    assert len(batches) == 3 and len(set(first)) == len(set(other)) == 48
+    assert first == again != other
     with pytest.raises(ValueError, match="--batch-size 64: there are only 50"):
         data.TrainingBatches(images, 64)
 

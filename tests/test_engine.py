@@ -9,10 +9,13 @@ import pytest
 import torch
 from conftest import SmallNet, flops
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import attacks
+import data
 import engine
 import options
+import record
 import utils
 from models import build_model
 
@@ -32,9 +35,30 @@ def attack_of(args):
     )  # fmt: skip
 
 
-def one_step(model, x, y, args, average=None, T=None):
-    T, T_a = T or args.temperature[0], args.attack_temperature[0]
-    return engine.mix_kl_step(model, average, x, y, T=T, T_a=T_a, attack=attack_of(args), args=args)
+LAM = torch.tensor(0.3)
+
+
+class Batches:
+    """The same batch twice an epoch, not augmented."""
+
+    def __init__(self, x, y, count=2):
+        self.x, self.y, self.count = x, y, count
+
+    def __len__(self):
+        return self.count
+
+    def shuffled(self, rng):
+        return torch.arange(len(self.y)).repeat(self.count, 1)
+
+    def load(self, index):
+        return self.x[index], self.y[index]
+
+
+def one_step(model, x, y, args, average=None):
+    T, T_a = args.temperature[0], args.attack_temperature[0]
+    return engine.mix_kl_step(
+        model, average, x, y, lam=LAM, T=T, T_a=T_a, attack=attack_of(args), args=args
+    )
 
 
 def textbook_fgsm(model, x, y, eta, alpha, radius, mode):
@@ -95,10 +119,8 @@ def test_the_whole_method_is_its_formula(batch, mode):
     loss, hard, kl = one_step(copy.deepcopy(model), x, y, args)
 
     torch.set_rng_state(rng)
-    lam = utils.draw_lam(1.0, x)
-    order = torch.randperm(len(x))
     labels = F.one_hot(y, 10).float()
-    x_, y_ = (lam * a + (1 - lam) * a[order] for a in (x, labels))
+    x_, y_ = (LAM * a + (1 - LAM) * a[[-1, *range(len(x) - 1)]] for a in (x, labels))
     start = (x_ + EPS / 2 * torch.empty_like(x_).uniform_(-1, 1).sign()).clamp(0, 1)
     start.requires_grad_()
     logits = model.train(mode == "train")(start)
@@ -149,7 +171,7 @@ def test_the_reference_gets_no_gradient_and_is_the_right_pass(reference, batch):
     args = flags("--kl-reference", reference, "--mixup-alpha", "0", "--delta-init", "zero")
     torch.manual_seed(0)
     model = SmallNet().train()
-    average = utils.WeightAverage(SmallNet(), 0.9)
+    average = utils.WeightAverage(SmallNet())
     twin = copy.deepcopy(model)
     loss, hard, kl = one_step(twin, x, y, args, average.model)
     (grad,) = torch.autograd.grad(kl, twin.linear.weight, retain_graph=True)
@@ -193,7 +215,7 @@ def test_a_clean_reference_with_its_own_hard_term_gets_no_gradient_from_the_kl(b
 def test_a_step_costs_what_the_readme_says(words, cost):
     x, y = torch.rand(4, 3, 32, 32), torch.arange(4)
     model = build_model("PreActResNet18", num_classes=10, width=16).train()
-    average = utils.WeightAverage(model, 0.9).model
+    average = utils.WeightAverage(model).model
     forward = flops(lambda: model(x))
     args = flags(*words)
     total = flops(lambda: one_step(model, x, y, args, average)[0].backward())
@@ -203,20 +225,50 @@ def test_a_step_costs_what_the_readme_says(words, cost):
 
 
 @pytest.mark.parametrize("reference", ["start", "clean", "ema"])
-def test_every_weight_learns_under_bf16_autocast(reference, batch):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_weight_learns_under_autocast(reference, dtype, batch):
     """Autocast can hand a pass weights that another pass cast without a gradient."""
-    x, y = batch
-    model = build_model("PreActResNet18", num_classes=10, width=8).train()
-    args = flags("--kl-reference", reference)
-    average = utils.WeightAverage(model, 0.9)
-    args.dtype, args.epochs = torch.bfloat16, 1
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    model = build_model("PreActResNet18", num_classes=10, width=8)
+    args = flags("--kl-reference", reference, "--epochs", "1", "--batch-size", "32")
+    args.dtype = dtype
     before = {key: value.clone() for key, value in model.named_parameters()}
-    row = engine.train_one_epoch(
-        model, average, optimizer, [(x, y)], 1, attack=attack_of(args), args=args
-    )
+    step, _ = engine.prepare(model, Batches(*batch), attack=attack_of(args), args=args)
+    row = engine.train_one_epoch(step, Batches(*batch), 1, args)
     assert all(not torch.equal(value, before[key]) for key, value in model.named_parameters())
     assert row["loss"] == pytest.approx(row["hard_loss"] + 4 * row["kl"], rel=1e-3)
+
+
+class Waits(TorchDispatchMode):
+    """Names the operations that read a value back from the device, as ``.item()`` does."""
+
+    READS = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "unique2")
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._overloadpacket.__name__
+        masked = "index" in name and any(t is not None and t.dtype == torch.bool for t in args[1])
+        if name in self.READS or masked:
+            self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("words", [[], ["--kl-reference", "ema"], ["--baseline", "trades"]])
+def test_nothing_in_a_step_waits_for_the_device(words, batch):
+    model = build_model("PreActResNet18", num_classes=10, width=8)
+    args = flags(*words, "--batch-size", "32")
+    batches = data.TrainingBatches(
+        data.Images((batch[0].permute(0, 2, 3, 1) * 255).byte(), batch[1]), 32
+    )
+    step, _ = engine.prepare(model, batches, attack=attack_of(args), args=args)
+    with Waits() as waits:
+        step(torch.arange(32), torch.ones(5))
+    assert waits.seen == []
+    with Waits() as waits:  # the planted ones are seen
+        torch.ones(1).item(), float(torch.ones(1)), torch.ones(2)[torch.tensor([True, False])]
+    assert len(waits.seen) == 3
 
 
 def test_only_the_training_pass_records_statistics(batch):
@@ -242,17 +294,13 @@ def rows_of(pgd, fgsm=None):
     ([0.00], None, False),
 ])  # fmt: skip
 def test_a_collapse_is_announced_and_nothing_else_is(pgd, fgsm, verdict):
-    assert engine.collapsed(rows_of(pgd, fgsm)) is verdict
-
-
-class Batches(list):
-    """Two fixed batches."""
+    assert record.collapsed(rows_of(pgd, fgsm)) is verdict
 
 
 @pytest.fixture
 def tiny_run(tmp_path, batch):
     def run(name, *words, pgd=None):
-        args = flags("--epochs", "3", *words)
+        args = flags("--epochs", "3", "--batch-size", "32", *words)
         torch.manual_seed(args.seed)
         model = SmallNet()
         folder = tmp_path / name
@@ -266,7 +314,7 @@ def tiny_run(tmp_path, batch):
 
         facts = {"model": "small", "num_classes": 10, "dataset": "none"}
         engine.train(
-            model, Batches([batch, batch]), attack=attack_of(args), measure=measure, args=args,
+            model, Batches(*batch), attack=attack_of(args), measure=measure, args=args,
             facts=facts, folder=folder,
         )  # fmt: skip
         with (folder / "log.csv").open() as file:
@@ -327,7 +375,7 @@ def test_the_schedules_reach_the_optimiser(tiny_run):
 def test_the_line_of_an_epoch_shows_percentages():
     row = dict(epoch=2, lr=0.1, loss=1.5, clean_acc=0.5, fgsm_acc=0.25, pgd10_acc=0.125,
                train_seconds=10, eval_seconds=2, collapse=0)  # fmt: skip
-    shown = engine.line(row, 9)
+    shown = record.line(row, 9)
     assert "epoch   2/9" in shown and "PGD-10 12.50%" in shown and "12 s" in shown
     assert "averaged" not in shown and "COLLAPSE" not in shown
 
@@ -339,6 +387,6 @@ def test_engine_flags_need_nothing_else(batch):
     full = flags()
     args = SimpleNamespace(**{k: getattr(full, k) for k in [*names.split(), "label_smoothing"]})
     loss, _, _ = engine.mix_kl_step(
-        SmallNet().train(), None, *batch, T=2.0, T_a=2.0, attack=attack_of(full), args=args
+        SmallNet().train(), None, *batch, lam=LAM, T=2.0, T_a=2.0, attack=attack_of(full), args=args
     )
     assert loss.isfinite()

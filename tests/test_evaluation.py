@@ -9,6 +9,7 @@ from torch import nn
 
 import attacks
 import evaluation
+import report as report_module
 from evaluation import Attack, parse_attack
 
 EPS = 3 / 255
@@ -184,7 +185,7 @@ def test_the_report_counts_right_and_the_worst_case_is_image_by_image(report, fi
 
 
 def test_table_and_json_say_the_same(report, tmp_path):
-    table = evaluation.table(report).splitlines()
+    table = report_module.table(report).splitlines()
     assert (
         len(table) == 1 + len(report["attacks"]) + 1
         and len({len(line) for line in table[1:-1]}) == 1
@@ -193,7 +194,7 @@ def test_table_and_json_say_the_same(report, tmp_path):
         assert line.split()[0] == row["attack"] and f"{row['accuracy']:.2%}" in line
         assert f"{row['correct']:,}/512" in line
     assert table[-1].endswith(f"{report['worst_case']['accuracy']:.2%}")
-    paths = [evaluation.write(report, tmp_path / "new", "r") for _ in range(3)]
+    paths = [report_module.write(report, tmp_path / "new", "r") for _ in range(3)]
     assert [path.name for path in paths] == ["r.json", "r-2.json", "r-3.json"]
     assert json.loads(paths[1].read_text()) == report
 

@@ -11,9 +11,11 @@ import options
 from models import canonical_name
 
 README = (ROOT / "README.md").read_text()
+TIMING = (ROOT / "benchmarks" / "timing.py").read_text()
 BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.S)
-COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line.startswith("python3 ")]
-SCRIPTS = [shlex.split(line)[1:] for line in COMMANDS if not line.startswith("python3 -m venv")]
+COMMANDS = [line for block in BLOCKS for line in block.splitlines() if ".py" in line]
+SCRIPTS = [shlex.split(re.sub(r"^.*?(?=\w+\.py|benchmarks/)", "", line)) for line in COMMANDS]
+SCRIPTS = [[re.sub(r"\$\w+", "3", word) for word in words] for words in SCRIPTS]  # shell variables
 
 
 def test_the_four_commands_of_the_project_stand_there_as_promised():
@@ -30,7 +32,11 @@ def test_the_four_commands_of_the_project_stand_there_as_promised():
 def test_every_command_parses(words):
     script, *flags = words
     assert (ROOT / script).is_file()
-    if script.startswith("MIX_KL"):
+    if script.startswith("benchmarks"):
+        assert set(re.findall(r"--[a-z_-]+", " ".join(flags))) <= set(
+            re.findall(r"\"(--[a-z_-]+)", (ROOT / script).read_text() + TIMING)
+        )
+    elif script.startswith("MIX_KL"):
         args = options.parse_training(flags, "doc", {})
         canonical_name(args.model)
     else:

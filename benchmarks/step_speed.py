@@ -1,0 +1,134 @@
+"""Seconds of one training step: MIX-KL against the loops of two fast adversarial trainings.
+
+    python benchmarks/step_speed.py
+    python benchmarks/step_speed.py --model WideResNet34-10 --batch-size 8
+
+The peers are written here anew, after what their authors' code does (fast_adversarial's FGSM-RS and
+the prior-guided FGSM-MEP): fp32, NCHW, whole backward pass in the attack, values read back in each
+step. Ours is the whole step of ``engine.py`` with augmentation, Mixup, KL and averaging; the peers
+get their batch ready-made. All share process, network, images and batch; they run in turn.
+"""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from timing import interleaved, parser, show
+
+import attacks
+import data
+import engine
+import options
+import utils
+from models import build_model
+
+EPS = 8 / 255
+
+
+def fgsm_rs(model, x, y):
+    """Return a step of FGSM-RS as fast_adversarial takes it: 6F and eight reads."""
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9, weight_decay=5e-4)
+    epsilon = torch.full((3, 1, 1), EPS, device=x.device)
+    totals = [0.0, 0]
+
+    def step():
+        delta = torch.zeros_like(x)
+        for channel in range(3):
+            size = epsilon[channel][0][0].item()
+            delta[:, channel].uniform_(-size, epsilon[channel][0][0].item())
+        delta = torch.max(torch.min(delta, 1 - x), -x).requires_grad_()
+        F.cross_entropy(model(x + delta), y).backward()
+        moved = torch.max(torch.min(delta + 1.25 * epsilon * delta.grad.sign(), epsilon), -epsilon)
+        delta = torch.max(torch.min(moved, 1 - x), -x).detach()
+        logits = model(x + delta)
+        loss = F.cross_entropy(logits, y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        totals[0] += loss.item() * len(y)
+        totals[1] += (logits.max(1)[1] == y).sum().item()
+
+    return step
+
+
+def prior_guided(model, x, y):
+    """Return a step of FGSM-MEP as its authors take it: 8F, through both graphs."""
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9, weight_decay=5e-4)
+    labels = torch.full((len(y), 10), 0.3 / 9, device=x.device).scatter_(1, y[:, None], 0.7)
+    prior = torch.empty_like(x).uniform_(-EPS, EPS)
+    totals = [0.0, 0]
+
+    def smoothed(logits):
+        return -(labels * logits.log_softmax(1)).sum(1).mean()
+
+    def step():
+        nonlocal prior
+        delta = prior.clone().requires_grad_()
+        start = model(x + delta)
+        smoothed(start).backward(retain_graph=True)
+        delta = (delta + EPS * delta.grad.sign()).clamp(-EPS, EPS)
+        prior = delta = torch.max(torch.min(delta, 1 - x), -x).detach()
+        logits = model(x + delta)
+        loss = smoothed(logits) + 10 * F.mse_loss(logits, start)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        totals[0] += loss.item() * len(y)
+        totals[1] += (logits.max(1)[1] == y).sum().item()
+
+    return step
+
+
+def mix_kl(model, images, batch_size, precision):
+    """Return a step of ours with the flags' defaults."""
+    device = images.labels.device
+    args = options.parse_training(["--batch-size", str(batch_size)], "doc", {})
+    args.num_classes, args.dtype = 10, utils.pick_precision(precision, device)
+    batches = data.TrainingBatches(images, batch_size)
+    attack = partial(attacks.craft, epsilon=EPS, alpha=EPS, start=args.delta_init)
+    model = model.to(memory_format=torch.channels_last)
+    step, _ = engine.prepare(model, batches, attack=attack, args=args)
+    index = torch.arange(batch_size, device=device)
+    row = torch.tensor([0.1, 2.0, 2.0, 0.9, 0.001], device=device)
+    return lambda: step(index, row)
+
+
+def main():
+    """Time the steps and print the table."""
+    made = parser(__doc__, rounds=5)
+    made.add_argument("--model", default="PreActResNet18")
+    made.add_argument("--width", type=int)
+    made.add_argument("--batch-size", type=int, default=128)
+    args = made.parse_args()
+    device, count = torch.device(args.device), args.batch_size
+    torch.manual_seed(0)
+    pixels = torch.randint(256, (count, 32, 32, 3), dtype=torch.uint8)
+    images = data.Images(pixels, torch.randint(10, (count,))).to(device)
+    x, y = images.as_float().contiguous(), images.labels
+
+    def network():
+        return build_model(args.model, num_classes=10, width=args.width).train().to(device)
+
+    steps = {
+        "FGSM-RS loop, fp32": fgsm_rs(network(), x, y),
+        "prior-guided loop, fp32": prior_guided(network(), x, y),
+        "MIX-KL, fp32": mix_kl(network(), images, count, "fp32"),
+        "MIX-KL, default precision": mix_kl(network(), images, count, "auto"),
+    }
+    seconds = interleaved(steps, args.rounds, args.device)
+    rs, prior = list(seconds.values())[:2]
+    rows = [
+        {"step": name, "seconds": value, "images/s": count / value, "x FGSM-RS": rs / value,
+         "x prior-guided": prior / value}
+        for name, value in seconds.items()
+    ]  # fmt: skip
+    width = f" of width {args.width}" if args.width else ""
+    show(
+        f"one training step, {args.model}{width}, batch {count}, median of {args.rounds}",
+        rows,
+        args,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""Processes that train one network together, each on its share of every batch.
+
+``torchrun`` or a scheduler starts them and says in the environment who is who. Of a single process
+each function here asks nothing and changes nothing, so its callers need no second path.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import utils
+
+# Where a launcher writes a process's rank, the number of processes, and its rank on its machine.
+LAUNCHERS = (
+    ("RANK", "WORLD_SIZE", "LOCAL_RANK"),  # torchrun
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),  # srun
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),  # mpirun
+)
+PATIENCE = timedelta(minutes=10)  # how long a process waits for the others
+
+
+def rank() -> int:
+    """Return the number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def size() -> int:
+    """Return the number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def start(device_name: str) -> torch.device:
+    """Join the processes that the environment names, and return the device of this one.
+
+    Only rank 0 keeps its standard output.
+
+    Raises:
+        ValueError: The device is not here, or the processes cannot find each other.
+    """
+    told = [[os.environ.get(name) for name in names] for names in LAUNCHERS]
+    mine, count, local = next((values for values in told if all(values)), ("0", "1", "0"))
+    if int(count) == 1:
+        return utils.pick_device(device_name)
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if name not in os.environ:
+            raise ValueError(
+                f"{count} processes, but {name} is not set: export it (the host of rank 0, a free "
+                "port), or start them with torchrun"
+            )
+    on_gpu = device_name != "cpu" and torch.cuda.is_available()
+    device = utils.pick_device(f"cuda:{local}" if on_gpu else device_name)
+    if on_gpu:
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo", rank=int(mine), world_size=int(count), timeout=PATIENCE
+    )
+    signal.signal(signal.SIGTERM, _told_to_stop)
+    if rank():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    return device
+
+
+def _told_to_stop(*_: object) -> None:
+    raise ConnectionAbortedError(
+        f"rank {rank()}: told to stop; what the run saved last is whole and can be measured"
+    )
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Leave the group of processes at the end of the block.
+
+    Raises:
+        ConnectionError: Another process is gone; one line says so.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        lost = isinstance(error, dist.DistError) or "gloo" in str(error).lower()
+        if not lost:
+            raise
+        raise ConnectionError(
+            f"rank {rank()}: another process is gone; what the run saved last is whole and can be "
+            f"measured ({str(error).splitlines()[0][:120]})"
+        ) from error
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextmanager
+def rank_0_first() -> Iterator[None]:
+    """Let rank 0 through the block, and the others when it is done: for downloads."""
+    if rank():
+        dist.barrier()
+    yield
+    if size() > 1 and rank() == 0:
+        dist.barrier()
+
+
+def wrapped(model: nn.Module) -> nn.Module:
+    """Return a network whose backward pass averages gradients over the processes."""
+    if size() == 1:
+        return model
+    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the network itself: what the attack runs on, since it averages no gradient."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def share(items: Tensor) -> Tensor:
+    """Return the rows that are this process's."""
+    return items[rank() :: size()]
+
+
+def average_(tensors: list[Tensor]) -> None:
+    """Replace each tensor by its mean over the processes."""
+    if size() > 1:
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        flat /= size()
+        for tensor, mean in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(mean.view_as(tensor))
+
+
+def minimum_(tensor: Tensor) -> Tensor:
+    """Replace a tensor, element by element, by its minimum over the processes; return it."""
+    if size() > 1:
+        dist.all_reduce(tensor, dist.ReduceOp.MIN)
+    return tensor

@@ -1,0 +1,120 @@
+"""What a run leaves behind: folder, log, curves, checkpoints, and the verdict on a collapse."""
+
+import csv
+import json
+from argparse import Namespace
+from pathlib import Path
+
+from torch import nn
+
+import checkpoint
+import plots
+
+COLLAPSE_FLOOR = 0.05  # a fall of fewer points than this is noise on 1,000 images
+
+
+def start_run(args: Namespace, default: str) -> Path:
+    """Create the folder of a run, write its ``args.json``, and return it.
+
+    Args:
+        args: All flags of the run.
+        default: Name of the folder where ``--run-name`` gives none.
+
+    Raises:
+        ValueError: The name that the user gave is taken.
+    """
+    folder = run_folder(args.out_dir, args.run_name, default, args.overwrite)
+    text = json.dumps(checkpoint.plain(args) | {"commit": checkpoint.commit()}, indent=2)
+    (folder / "args.json").write_text(text + "\n")
+    return folder
+
+
+def run_folder(out_dir: Path, name: str | None, default: str, overwrite: bool) -> Path:
+    """Create and return the folder of a run, never one that is in use.
+
+    Args:
+        out_dir: Folder of all runs; created where missing.
+        name: Name that the user gave, or None.
+        default: Name to number (``default``, ``default-2``, ...) where the user gave none.
+        overwrite: Whether a run of the given name may be replaced.
+
+    Raises:
+        ValueError: The name that the user gave is taken.
+    """
+    out_dir.mkdir(parents=True, exist_ok=True)
+    for number in range(1, 1_000_000):
+        stem = name or (default if number == 1 else f"{default}-{number}")
+        try:
+            (out_dir / stem).mkdir(exist_ok=bool(name) and overwrite)
+        except FileExistsError:
+            if name:
+                raise ValueError(
+                    f"{out_dir / name}: exists; choose another --run-name, or add --overwrite"
+                ) from None
+            continue
+        (out_dir / stem / "log.csv").unlink(missing_ok=True)
+        return out_dir / stem
+    raise ValueError(f"{out_dir}: too many runs")
+
+
+def collapsed(rows: list[dict[str, float]]) -> bool:
+    """Return whether the last epoch shows catastrophic overfitting in the raw weights.
+
+    It does where held-out PGD accuracy has lost more than half of its best within two epochs (and
+    more than ``COLLAPSE_FLOOR``), and FGSM accuracy has not: where that fell as well, PGD accuracy
+    must have kept less than half of the share that FGSM accuracy kept.
+    """
+    *before, now = rows
+    if not before:
+        return False
+    best = max(before[-2:], key=lambda row: row["pgd10_acc"])
+    fgsm_kept = min(1, now["fgsm_acc"] / best["fgsm_acc"]) if best["fgsm_acc"] else 1
+    pgd_fell = best["pgd10_acc"] - now["pgd10_acc"] > COLLAPSE_FLOOR
+    return pgd_fell and now["pgd10_acc"] < best["pgd10_acc"] * fgsm_kept / 2
+
+
+def line(row: dict[str, float], epochs: int) -> str:
+    """Return what is printed of an epoch."""
+
+    def percentages(prefix: str) -> str:
+        names = {"clean": "clean", "fgsm": "FGSM", "pgd10": "PGD-10"}
+        return "  ".join(f"{shown} {row[f'{prefix}{n}_acc']:6.2%}" for n, shown in names.items())
+
+    text = f"epoch {row['epoch']:3d}/{epochs}  lr {row['lr']:.4f}  loss {row['loss']:.4f}  "
+    text += f"held-out {percentages('')}"
+    if "ema_clean_acc" in row:
+        text += f"  averaged {percentages('ema_')}"
+    text += f"  {row['train_seconds'] + row['eval_seconds']:.0f} s"
+    return text + ("  COLLAPSE: catastrophic overfitting" if row["collapse"] else "")
+
+
+def append_row(path: Path, row: dict[str, float]) -> None:
+    """Add one epoch to the CSV log, with a header where it is the first."""
+    first = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, row.keys())
+        if first:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def epoch(
+    folder: Path,
+    rows: list[dict[str, float]],
+    model: nn.Module,
+    average: nn.Module | None,
+    facts: dict[str, object],
+    *,
+    is_best: bool,
+) -> None:
+    """Add the last epoch to log and curves, and save it as the final and perhaps as the best."""
+    row = rows[-1]
+    append_row(folder / "log.csv", row)
+    plots.curves(rows, folder / "curves.png")
+    selected = "ema" if row.get("ema_pgd10_acc", -1) >= row["pgd10_acc"] else "raw"
+    saved = facts | {"epoch": row["epoch"], "metrics": row, "raw": model.state_dict()}
+    saved |= {"ema": average.state_dict()} if average else {}
+    if is_best:
+        checkpoint.save(folder / "best_model.pth", saved | {"selected": selected})
+    final = "ema" if average else "raw"
+    checkpoint.save(folder / "final_model.pth", saved | {"selected": final})

@@ -1,0 +1,194 @@
+"""Processes that train together: real ones, started by torchrun, talking over gloo."""
+
+import csv
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, write_archive
+
+import attacks
+import checkpoint
+import data
+import engine
+import options
+import parallel
+import utils
+from models import build_model
+
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+TINY = ["--width", "8", "--held-out", "40", "--batch-size", "32", "--precision", "fp32"]
+
+
+def together(cwd, *words):
+    """Run a script in two processes; return exit status, standard output and standard error."""
+    done = subprocess.run(
+        [sys.executable, *TORCHRUN, ROOT / words[0], *map(str, words[1:])],
+        cwd=cwd, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    return done.returncode, done.stdout, done.stderr
+
+
+def log(folder):
+    with (folder / "log.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def losses_of_one_process(data_dir, epochs):
+    """The same global batch in one process: each share of it normalised by its own statistics."""
+    args = options.parse_training([*TINY, "--epochs", str(epochs)], "doc", {})
+    args.num_classes, args.dtype = 10, torch.float32
+    dataset = data.load("cifar10", 10, data_dir, False)
+    batches = data.TrainingBatches(data.split_held_out(dataset.train, 40)[0][:32], 32)
+    network = dict(num_classes=10, width=8, mean=dataset.mean, std=dataset.std)
+    states = []
+    for rank in (1, 0):
+        utils.seed_everything(0, rank)
+        model = build_model("PreActResNet18", **network).to(memory_format=torch.channels_last)
+        states.insert(0, torch.get_rng_state())
+    attack = partial(attacks.craft, epsilon=8 / 255, alpha=8 / 255, start="half")
+    optimizer = torch.optim.SGD(
+        model.parameters(), torch.tensor(0.1), 0.9, weight_decay=5e-4, fused=True
+    )
+    losses = []
+    for epoch in range(1, epochs + 1):
+        rng = np.random.default_rng([0, epoch])
+        ((lr, T, T_a, lam, _),) = engine.plan(args, epoch, 1, rng)
+        (order,) = batches.shuffled(rng)
+        optimizer.zero_grad()
+        shares = []
+        for rank in (0, 1):
+            torch.set_rng_state(states[rank])
+            x, y = batches.load(order[rank::2])
+            loss, _, _ = engine.mix_kl_step(
+                model.train(), None, x, y, lam=torch.tensor(lam), T=T, T_a=T_a, attack=attack,
+                args=args,
+            )  # fmt: skip
+            (loss / 2).backward()
+            shares.append(loss.item())
+            states[rank] = torch.get_rng_state()
+        optimizer.param_groups[0]["lr"].fill_(lr)
+        optimizer.step()
+        losses.append(sum(shares) / 2)
+    return losses
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_does_and_measure_the_same(tmp_path, script):
+    data_dir = write_archive(tmp_path, 10, train=120)
+    common = ["--data-dir", data_dir, "--out_dir", tmp_path]
+    train = [*common, *TINY, "--train-images", "32", "--epochs", "20", "--run-name", "run"]
+    code, out, err = together(tmp_path, "MIX_KL_CIFAR10.py", *train)
+    assert code == 0, err
+    assert out.count("epoch   1/20") == 1 and "2 x cpu" in out
+    rows = log(tmp_path / "run")
+    assert [int(row["epoch"]) for row in rows] == list(range(1, 21))
+    losses = [float(row["loss"]) for row in rows]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as torchrun does: sums round by threads, and a sign may flip on that
+    expected = losses_of_one_process(data_dir, 20)
+    torch.set_num_threads(threads)
+    assert losses == pytest.approx(expected, abs=1e-5)
+    assert losses[-1] < losses[0]
+
+    attacks_ = ["--attacks", "clean", "fgsm", "pgd-5-2", "cw-3", "--batch-size", "7"]
+    measure = [*common, "--model_path", tmp_path / "run" / "final_model.pth", *attacks_]
+    code, out, err = together(tmp_path, "test_cifar10.py", *measure)
+    assert code == 0, err
+    assert script("test_cifar10", *measure)[0] == 0
+    reports = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("run-*report*.json"))]
+    assert len(reports) == 2 and out.count("worst case") == 1
+    for found in reports:
+        for row in found["attacks"]:
+            row.pop("seconds")
+    assert reports[0] == reports[1]
+
+
+def processes_below(parent):
+    """Return rank -> process number of the children of torchrun."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            status, environ = (folder / "status").read_text(), (folder / "environ").read_bytes()
+        except OSError:
+            continue
+        rank = re.search(rb"(?:^|\0)RANK=(\d+)", environ)
+        if f"PPid:\t{parent}\n" in status and rank:
+            found[int(rank[1])] = int(folder.name)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "scheduler"])
+def test_a_killed_process_ends_the_others_with_a_line_and_a_whole_checkpoint(tmp_path, launcher):
+    """Torchrun stops the others itself; under a scheduler they must notice."""
+    data_dir = write_archive(tmp_path, 10, train=120)
+    words = [ROOT / "MIX_KL_CIFAR10.py", "--data-dir", data_dir, "--out_dir", tmp_path, *TINY]
+    words += ["--epochs", "5000", "--run-name", "run"]
+    pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    if launcher == "torchrun":
+        started = subprocess.Popen([sys.executable, *TORCHRUN, *map(str, words)], **pipes)
+        children = lambda: processes_below(started.pid)  # noqa: E731
+    else:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        both = []
+        for rank in "01":
+            environ = os.environ | dict(
+                MASTER_ADDR="127.0.0.1", MASTER_PORT=port, SLURM_PROCID=rank, SLURM_LOCALID=rank,
+                SLURM_STEP_NUM_TASKS="2", OMP_NUM_THREADS="1",
+            )  # fmt: skip
+            both.append(subprocess.Popen([sys.executable, *map(str, words)], env=environ, **pipes))
+        started = both[0]
+        children = lambda: {rank: process.pid for rank, process in enumerate(both)}  # noqa: E731
+    try:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "run" / "final_model.pth").exists():
+            assert started.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        os.kill(children()[1], signal.SIGKILL)
+        _, err = started.communicate(timeout=60)
+    finally:
+        started.kill()
+    assert started.returncode not in (0, None)
+    assert re.search(r"error: rank 0: (told to stop|another process is gone)", err), err
+    saved = checkpoint.load(tmp_path / "run" / "final_model.pth")
+    assert saved["epoch"] >= 1
+
+
+def test_a_scheduler_that_names_no_address_gets_one_line(script, monkeypatch):
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    monkeypatch.setenv("SLURM_LOCALID", "0")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    status, _, err = script("MIX_KL_CIFAR10", "--synthetic")
+    assert (status, len(err.splitlines())) == (2, 1)
+    assert "4 processes, but MASTER_ADDR is not set" in err
+
+
+def test_a_single_process_shares_with_nobody():
+    assert (parallel.rank(), parallel.size()) == (0, 1)
+    items = torch.arange(5.0)
+    parallel.average_([items])
+    assert torch.equal(parallel.share(items), torch.arange(5.0))
+    assert torch.equal(parallel.minimum_(items), torch.arange(5.0))
+    model = torch.nn.Linear(2, 2)
+    assert parallel.wrapped(model) is model is parallel.unwrapped(model)
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(monkeypatch, batch):
+    monkeypatch.setattr(parallel, "size", lambda: 3)
+    args = options.parse_training([], "doc", {})
+    with pytest.raises(ValueError, match="--batch-size 128: not a multiple of the 3 processes"):
+        engine.prepare(torch.nn.Linear(1, 1), None, attack=None, args=args)
