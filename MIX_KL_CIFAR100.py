@@ -71,10 +71,9 @@ def run(args: argparse.Namespace, name: str, device: torch.device) -> None:
         attacks.craft, epsilon=epsilon, alpha=alpha, steps=args.attack_steps, start=args.delta_init
     )
     names = {"clean": "clean", "fgsm": "fgsm", "pgd10": "pgd-10"}
-    measure = partial(
-        evaluation.accuracies, x=held_out.as_float(), y=held_out.labels, names=names,
-        epsilon=epsilon, batch_size=250, seed=0,
-    )  # fmt: skip
+    settings = evaluation.Settings(epsilon=epsilon, batch_size=250, seed=0)
+    x, y = held_out.as_float(), held_out.labels
+    measure = partial(evaluation.accuracies, x=x, y=y, names=names, settings=settings)
 
     default = f"{dataset.name}-{args.method}-seed{args.seed}"
     folder = None if parallel.rank() else record.start_run(args, default)

@@ -24,8 +24,9 @@ test: .venv/ready-dev
 	$(BIN)/pip install -q -r requirements.txt
 	touch $@
 
-.venv/ready-dev: .venv/ready requirements-dev.txt
+.venv/ready-dev: .venv/ready requirements-dev.txt requirements-eval.txt
 	$(BIN)/pip install -q -r requirements-dev.txt
+	$(BIN)/pip install -q -r requirements-eval.txt
 	touch $@
 
 clean:

@@ -9,8 +9,11 @@ mode, parameters, ``.grad``, batch norm statistics and the global random state a
 """
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -191,3 +194,86 @@ def fgsm(
     """
     alpha = epsilon if alpha is None else alpha
     return pgd(model, x, y, epsilon=epsilon, alpha=alpha, steps=1, start=start)
+
+
+# ------------------------------------------------------------------------------ many images
+
+
+@dataclass
+class Ascent:
+    """What one run of signed ascent found."""
+
+    first_fooled: Tensor  # (N,) steps after which an image was first fooled; steps + 1 if never
+    seconds: list[float]  # spent up to and including each step
+    passes: list[int]  # images that went forward through the network, likewise
+
+
+def ascend(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    starts: Tensor,
+    todo: Tensor,
+    *,
+    loss: Loss,
+    epsilon: float,
+    alpha: float,
+    steps: int,
+    batch_size: int,
+    bar,
+) -> Ascent:
+    """Attack images until they fall, and note the step of each fall.
+
+    An image is fooled if any iterate, the start included, fools the model; it is then attacked no
+    further. So the verdict after k steps is that of a k-step attack from the same start, for every
+    k at once. The pool under attack keeps its size while there are images left: where one leaves,
+    the next of the queue takes its lane, at its own first step.
+
+    Args:
+        model: Maps images in [0, 1] to logits.
+        x: (N, C, H, W) all images; ``y``: (N,) labels; ``starts``: where to begin, on any device.
+        todo: Indices of the images to attack, in ``steps`` steps; ``loss``: what to raise.
+        epsilon: Radius of the ball, and ``alpha``: the step, pixel fractions.
+        batch_size: Lanes.
+        bar: Its ``update(n)`` hears of each image that is done.
+    """
+    first = torch.full((len(x),), steps + 1, device=x.device)
+    seconds, passes = torch.zeros(2, steps + 1, dtype=torch.float64)
+    lanes, queue = todo[:0], todo
+    x_adv, age = x[:0], todo[:0]  # of each lane: its image now, and the steps that it has taken
+    ends = []  # images after their last step, and which they are
+    with measuring(model, x):
+        while len(lanes) or len(queue):
+            began = time.perf_counter()
+            fresh, queue = queue.tensor_split([batch_size - len(lanes)])
+            lanes, age = torch.cat([lanes, fresh]), torch.cat([age, torch.zeros_like(fresh)])
+            x_adv = torch.cat([x_adv, starts[fresh.to(starts.device)].to(x.device)])
+            stepped, logits = sign_ascent(
+                model, x[lanes], partial(loss, y=y[lanes]), x_adv, epsilon=epsilon, alpha=alpha
+            )
+            fell = fooled(logits, y[lanes])
+            first[lanes[fell]] = age[fell]
+            ended = ~fell & (age == steps - 1)
+            going = ~fell & ~ended
+            ends.append((lanes[ended], stepped[ended]))
+            ages = torch.bincount(age, minlength=steps + 1).cpu()
+            passes += ages
+            seconds += (time.perf_counter() - began) / len(lanes) * ages
+            bar.update(len(lanes) - int(going.sum()))
+            lanes, age, x_adv = lanes[going], age[going] + 1, stepped[going]
+        began = time.perf_counter()
+        if ends:
+            last, images = (torch.cat(parts) for parts in zip(*ends, strict=True))
+            first[last[~standing(model, images, y[last], batch_size)]] = steps
+            passes[steps] += len(last)
+        seconds[steps] += time.perf_counter() - began
+    return Ascent(first, seconds.cumsum(0).tolist(), passes.cumsum(0).int().tolist())
+
+
+def standing(model: nn.Module, x: Tensor, y: Tensor, batch_size: int) -> Tensor:
+    """Return (N,) whether each image is classified right."""
+    verdict = torch.zeros_like(y, dtype=torch.bool)
+    with measuring(model, x), torch.no_grad():
+        for index in torch.arange(len(y), device=y.device).split(batch_size):
+            verdict[index] = ~fooled(model(x[index]), y[index])
+    return verdict

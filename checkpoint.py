@@ -1,5 +1,6 @@
 """Model files that are whole, safe to open, and say what they hold."""
 
+import hashlib
 import os
 import platform
 import subprocess
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 
 SCHEMA = "mix-kl/1"
 PREFIXES = ("module.", "_orig_mod.")  # DataParallel and torch.compile put these before every key
+NESTED = ("state_dict", "model_state_dict", "model", "net")  # where public files keep a state dict
+UNUSED = "sub_block1."  # layers of the common WideResNet code that its forward pass never calls
 
 
 def save(path: Path, content: dict[str, object]) -> None:
@@ -53,13 +56,12 @@ def load(path: Path) -> dict[str, object]:
         raise ValueError(f"{path}: not a whole checkpoint ({reason})") from error
     if isinstance(content, dict) and content.get("schema") == SCHEMA:
         return content
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
-    if (
-        isinstance(content, dict)
-        and content
-        and all(isinstance(v, Tensor) for v in content.values())
-    ):
+    for key in NESTED:
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    tensors = isinstance(content, dict) and [v for v in content.values() if isinstance(v, Tensor)]
+    if tensors and len(tensors) == len(content):
         return {"raw": content, "selected": "raw"}
     raise ValueError(f"{path}: neither a checkpoint of this project nor a state dict")
 
@@ -85,6 +87,9 @@ def load_weights(
     for prefix in PREFIXES:
         if all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
+    state = {key: value for key, value in state.items() if not key.startswith(UNUSED)}
+    held = {key: value for key, value in model.state_dict().items() if key.startswith("normalize.")}
+    state = held | state  # bare state dicts normalise outside the network, or not at all
     broken = [key for key, value in state.items() if not value.isfinite().all()]
     if broken:
         raise ValueError(f"{path}: {broken[0]} is not finite; the training had diverged")
@@ -97,31 +102,43 @@ def load_weights(
 
 
 def architecture(
-    saved: dict[str, object], args: Namespace, num_classes: int
+    saved: dict[str, object],
+    path: Path,
+    args: Namespace,
+    num_classes: int,
+    statistics: dict[str, tuple[float, ...]],
 ) -> tuple[str, dict[str, object]]:
     """Return the name of the network in a loaded checkpoint, and what to build it with.
 
     Args:
         saved: What ``load`` returned.
-        args: ``model_path``, and ``model`` and ``width`` for a bare state dict.
+        path: For messages.
+        args: ``model``, ``width`` and ``normalize`` for a bare state dict.
         num_classes: Number of classes of the dataset to measure on.
+        statistics: Its ``mean`` and ``std``.
 
     Raises:
         ValueError: The file is for other classes, or says nothing and neither does ``--model``.
     """
     if "model" not in saved:
         if not args.model:
-            raise ValueError(f"{args.model_path}: a bare state dict; name its network with --model")
-        return args.model, {"num_classes": num_classes, "width": args.width}
+            raise ValueError(f"{path}: a bare state dict; name its network with --model")
+        network = {"num_classes": num_classes, "width": args.width}
+        return args.model, network | (statistics if args.normalize == "dataset" else {})
     if saved["num_classes"] != num_classes:
         raise ValueError(
-            f"{args.model_path}: trained on {saved['dataset']} ({saved['num_classes']} classes); "
+            f"{path}: trained on {saved['dataset']} ({saved['num_classes']} classes); "
             f"use test_cifar{saved['num_classes']}.py"
         )
     if args.model and args.model.lower() != saved["model"].lower():
         raise ValueError(f"--model {args.model}: the file holds a {saved['model']}; leave it out")
     keys = ("num_classes", "width", "mean", "std")
     return saved["model"], {key: saved[key] for key in keys}
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def facts(

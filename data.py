@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import synthetic
+
 SIZE, PAD = 32, 4  # image side, and the border that random crops may reach into [pixels]
 
 
@@ -54,7 +56,7 @@ class Dataset:
     """A training and a test set, and what is known of their origin."""
 
     name: str
-    num_classes: int
+    classes: tuple[str, ...]  # what the labels mean
     mean: tuple[float, ...]  # per channel, of the training images in [0, 1]
     std: tuple[float, ...]
     train: Images
@@ -74,6 +76,7 @@ class Archive:
     std: tuple[float, ...]
     train: dict[str, str]  # file -> MD5
     test: dict[str, str]
+    names: tuple[str, str]  # file of the names of the classes, and their key in it
 
 
 ARCHIVES = {
@@ -88,12 +91,14 @@ ARCHIVES = {
             data_batch_5="482c414d41f54cd18b22e5b47cb7c3cb",
         ),
         test=dict(test_batch="40351d587109b95175f43aff81a1287e"),
+        names=("batches.meta", "label_names"),
     ),
     "cifar100": Archive(
         "CIFAR100", "cifar-100-python", "fine_labels", 100,
         mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762),
         train=dict(train="16019d7e3df5f24257cddd939b257f8d"),
         test=dict(test="f0ef6b0ae62326f3e7ffdfab6717acfc"),
+        names=("meta", "fine_label_names"),
     ),
 }  # fmt: skip
 
@@ -167,7 +172,19 @@ def read_cifar(name: str, folder: Path) -> Dataset:
             f"{len(splits[0]):,} training and {len(splits[1]):,} test images"
         )
     origin = "official" if official else "unofficial"
-    return Dataset(name, archive.num_classes, archive.mean, archive.std, *splits, origin)
+    return Dataset(name, class_names(archive, folder), archive.mean, archive.std, *splits, origin)
+
+
+def class_names(archive: Archive, folder: Path) -> tuple[str, ...]:
+    """Return what the labels mean; numbered where the archive's file of names is not there."""
+    file, key = archive.names
+    try:
+        with (folder / file).open("rb") as opened:
+            names = tuple(map(str, CifarUnpickler(opened, encoding="latin1").load()[key]))
+    except Exception:  # names decorate pictures; nothing depends on them
+        names = ()
+    numbered = tuple(f"class {i}" for i in range(archive.num_classes))
+    return names if len(names) == archive.num_classes else numbered
 
 
 def load(name: str, num_classes: int, data_dir: Path, use_synthetic: bool) -> Dataset:
@@ -184,7 +201,7 @@ def load(name: str, num_classes: int, data_dir: Path, use_synthetic: bool) -> Da
         ValueError: A file is broken.
     """
     if use_synthetic:
-        return synthetic(num_classes, train=6000, test=1000)
+        return drawn(num_classes, train=6000, test=1000)
     archive = ARCHIVES[name]
     folder = data_dir if data_dir.name == archive.folder else data_dir / archive.folder
     missing = [file for file in (*archive.train, *archive.test) if not (folder / file).is_file()]
@@ -203,47 +220,13 @@ def load(name: str, num_classes: int, data_dir: Path, use_synthetic: bool) -> Da
     return read_cifar(name, folder)
 
 
-# --------------------------------------------------------------------------------- synthetic images
-
-
-def waves(count: int, frequency: float, rng: np.random.Generator) -> np.ndarray:
-    """Return (count, 32, 32, 3) sums of four plane waves, each sum of unit standard deviation."""
-    grid = np.stack(np.meshgrid(np.arange(SIZE), np.arange(SIZE), indexing="ij"), -1) / SIZE
-    angle = rng.uniform(0, 2 * np.pi, (count, 4))
-    radius = rng.uniform(0.5 * frequency, frequency, (count, 4))
-    k = 2 * np.pi * np.stack([radius * np.cos(angle), radius * np.sin(angle)], -1)
-    phase = np.einsum("yxd,cwd->cwyx", grid, k) + rng.uniform(0, 2 * np.pi, (count, 4, 1, 1))
-    color = rng.normal(size=(count, 4, 3))
-    pattern = np.einsum("cwyx,cwk->cyxk", np.cos(phase), color)
-    return pattern / pattern.std(axis=(1, 2, 3), keepdims=True)
-
-
-def synthetic(num_classes: int, *, train: int, test: int) -> Dataset:
-    """Draw images that look nothing like photographs but behave like them under attack.
-
-    A class is a smooth pattern of 15 to 28/255, which survives a perturbation of 8/255, and a fine
-    texture of 8/255, which predicts it as well, is learned first and does not survive. An image
-    shifts and fades its pattern, and adds a background and noise. It depends on the sizes alone.
-    """
-    rng = np.random.default_rng(num_classes)
-    shapes = waves(num_classes, 1.5, rng)
-    textures = waves(num_classes, 14.0, rng)
-    splits = []
-    for count in (train, test):
-        labels = rng.integers(num_classes, size=count)
-        fade = rng.uniform(0.06, 0.11, (count, 1, 1, 1))
-        shift = rng.integers(-1, 2, (count, 2))
-        rows = (np.arange(SIZE) + shift[:, :1]) % SIZE
-        cols = (np.arange(SIZE) + shift[:, 1:]) % SIZE
-        pixels = fade * shapes[labels[:, None, None], rows[:, :, None], cols[:, None, :]]
-        pixels += 0.032 * textures[labels]
-        backgrounds = waves(64, 3.0, rng)
-        pixels += 0.03 * backgrounds[rng.integers(64, size=count)]
-        pixels += 0.02 * rng.normal(size=pixels.shape) + 0.5
-        pixels = (pixels.clip(0, 1) * 255).round().astype(np.uint8)
-        splits.append(Images(torch.from_numpy(pixels), torch.from_numpy(labels)))
-    half, quarter = (0.5,) * 3, (0.25,) * 3
-    return Dataset(f"synthetic{num_classes}", num_classes, half, quarter, *splits, "synthetic")
+def drawn(num_classes: int, *, train: int, test: int) -> Dataset:
+    """Return the built-in synthetic images."""
+    parts = synthetic.draw(num_classes, (train, test))
+    splits = [Images(*map(torch.from_numpy, part)) for part in parts]
+    names = tuple(f"class {i}" for i in range(num_classes))
+    name, half, quarter = f"synthetic{num_classes}", (0.5,) * 3, (0.25,) * 3
+    return Dataset(name, names, half, quarter, *splits, "synthetic")
 
 
 # ------------------------------------------------------------------------------------------ batches

@@ -231,19 +231,33 @@ def measuring_parser(doc: str) -> Parser:
     """Return the parser of a measuring script."""
     parser = Parser(description=doc.split("\n\n")[0], allow_abbrev=False)
     add = parser.add_argument_group("what to measure").add_argument
-    add("--model-path", type=Path, required=True, metavar="FILE", help="checkpoint (.pth)")
+    add("--model-path", type=Path, metavar="FILE", help="checkpoint (.pth)")
     add("--attacks", nargs="+", default=DEFAULT_ATTACKS, metavar="NAME",
-        help="clean, fgsm, fgsm-rs, pgd-STEPS, pgd-STEPS-RESTARTS, cw-STEPS (default: "
+        help="clean, fgsm, fgsm-rs, pgd-STEPS, pgd-STEPS-RESTARTS, cw-STEPS, transfer, autoattack, "
+        "autoattack-plus, or a part of it: apgd-ce, apgd-t, fab-t, square (default: "
         f"{' '.join(DEFAULT_ATTACKS)})")
     add("--epsilon", type=pixels, default=8.0, metavar="E",
         help="[1/255]: 8, 8/255 or 0.03137 (default 8)")
     add("--cascade", action="store_true", help="attack only what the attacks before left standing: "
         "accuracies are then cumulative, the worst case is the same, and it is reached sooner")
     add("--n-examples", type=count(), metavar="N", help="the first N test images (default: all)")
+    add("--eps", type=pixels, nargs="+", metavar="E",
+        help="a sweep: measure at each of these sizes, and draw the curve")
+    add("--pictures", action="store_true", help="draw adversarial images, the loss surface, and "
+        "how Mixup and temperature make an adversarial image")
+    add("--compare", type=Path, nargs="+", metavar="REPORT",
+        help="measure nothing; print these reports side by side, with McNemar's test")
+    add = parser.add_argument_group("networks").add_argument
+    add("--transfer-from", type=Path, metavar="FILE",
+        help="checkpoint on which the attack transfer makes its images")
+    add("--export", type=Path, metavar="DIR", help="also write the network as RobustBench wants it")
     add("--weights", choices=("raw", "ema"),
         help="which set of the file (default: the one it selects)")
     add("--model", help="network of a file that does not name it (a bare state dict)")
     add("--width", type=count(), metavar="C", help="its width, where it is a ResNet and not 64")
+    add("--normalize", choices=("dataset", "none"), default="dataset",
+        help="what the images go through in such a network (default: mean and deviation of the "
+        "dataset)")
     add("--batch-size", type=count(), default=256, help="images at a time (default %(default)s)")
     add_shared(parser)
     return parser
@@ -252,7 +266,11 @@ def measuring_parser(doc: str) -> Parser:
 # fmt: on
 def parse_measuring(argv: list[str], doc: str) -> argparse.Namespace:
     """Return the flags of a measurement."""
-    return measuring_parser(doc).parse_args(dashed(argv))
+    parser = measuring_parser(doc)
+    args = parser.parse_args(dashed(argv))
+    if not (args.model_path or args.compare):
+        parser.error("the following arguments are required: --model-path")
+    return args
 
 
 def run(main: Callable[[list[str]], None]) -> None:

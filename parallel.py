@@ -137,3 +137,13 @@ def minimum_(tensor: Tensor) -> Tensor:
     if size() > 1:
         dist.all_reduce(tensor, dist.ReduceOp.MIN)
     return tensor
+
+
+def total(number: int) -> int:
+    """Return the sum of a number over the processes."""
+    if size() == 1:
+        return number
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    tensor = torch.tensor(number, device=device)
+    dist.all_reduce(tensor)
+    return int(tensor)

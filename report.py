@@ -1,11 +1,68 @@
-"""What a measurement says: the table that is printed and the file beside it."""
+"""What a measurement says: intervals, the table that is printed, the files, and comparisons."""
 
 import json
+import math
 import platform
 import re
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import Tensor
+
+Z95 = 1.959963984540054  # of the normal distribution
+
+
+def wilson(correct: int, n: int) -> tuple[float, float]:
+    """Return the 95 % interval of a share, Wilson 1927; it holds near 0 and 1 too."""
+    share, spread = correct / n, Z95**2 / n
+    middle = (share + spread / 2) / (1 + spread)
+    half = Z95 / (1 + spread) * math.sqrt(share * (1 - share) / n + spread / (4 * n))
+    return (middle - half if correct else 0.0), (middle + half if correct < n else 1.0)
+
+
+def mcnemar(first: np.ndarray, second: np.ndarray) -> tuple[int, int, float]:
+    """Compare two verdicts on the same images by McNemar's exact test, 1947.
+
+    Args:
+        first: (N,) bool, and ``second``: likewise.
+
+    Returns:
+        The images that only the first has right, those that only the second has, and the two-sided
+        probability of a split at least as uneven if both were equally good.
+    """
+    only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
+    n = only_first + only_second
+    tail = sum(math.comb(n, k) for k in range(min(only_first, only_second) + 1))
+    return only_first, only_second, min(1.0, 2 * tail / 2**n)
+
+
+def build(
+    facts: dict[str, object], rows: list[dict[str, object]], verdicts: dict[str, Tensor], y: Tensor
+) -> dict[str, object]:
+    """Return the report.
+
+    Args:
+        facts: What was measured, on what.
+        rows: Per attack its parameters and cost.
+        verdicts: Per attack (N,) which images stand.
+        y: (N,) labels.
+    """
+    y = y.cpu()
+    worst = torch.stack(list(verdicts.values())).all(0)
+    shown = [row | shares(verdicts[row["attack"]], y) for row in rows]
+    return facts | {"n": len(y), "attacks": shown, "worst_case": shares(worst, y)}
+
+
+def shares(standing: Tensor, y: Tensor) -> dict[str, object]:
+    """Return number, accuracy in [0, 1], its 95 % interval, and the accuracy of each class."""
+    correct, n = int(standing.sum()), len(y)
+    counts = torch.bincount(y).clamp(min=1)
+    right = torch.bincount(y, standing.double(), len(counts))
+    return {
+        "n": n, "correct": correct, "accuracy": correct / n, "interval": list(wilson(correct, n)),
+        "per_class": (right / counts).tolist(),
+    }  # fmt: skip
 
 
 def machine(device: torch.device) -> dict[str, str]:
@@ -25,27 +82,114 @@ def machine(device: torch.device) -> dict[str, str]:
 
 def table(report: dict[str, object]) -> str:
     """Return the report as the table that is printed."""
-    lines = [f"{'attack':<12}{'loss':<8}{'alpha':>8}{'steps':>7}{'restarts':>10}{'start':>9}"
-             f"{'correct':>15}{'accuracy':>10}{'seconds':>9}"]  # fmt: skip
+    lines = [
+        f"{'attack':<16}{'loss':<8}{'alpha':>8}{'steps':>7}{'restarts':>10}{'start':>9}"
+        f"{'correct':>15}{'accuracy':>10}{'95 % interval':>18}{'passes':>12}{'seconds':>9}"
+    ]
     for row in report["attacks"]:
-        alpha = f"{255 * row['alpha']:g}/255" if row["steps"] else "-"
-        correct = f"{row['correct']:,}/{row['n']:,}"
+        alpha = f"{255 * row['alpha']:g}/255" if row["alpha"] else "-"
         lines.append(
-            f"{row['attack']:<12}{row['loss']:<8}{alpha:>8}{row['steps']:>7}{row['restarts']:>10}"
-            f"{row['start']:>9}{correct:>15}{row['accuracy']:>10.2%}{row['seconds']:>9.1f}"
+            f"{row['attack']:<16}{row['loss']:<8}{alpha:>8}{row['steps']:>7}{row['restarts']:>10}"
+            f"{row['start']:>9}{_counted(row)}{row['passes']:>12,}{row['seconds']:>9.1f}"
         )
-    worst = report["worst_case"]
-    correct = f"{worst['correct']:,}/{report['n']:,}"
-    lines.append(f"{'worst case, image by image':<54}{correct:>15}{worst['accuracy']:>10.2%}")
-    return "\n".join(lines)
+    lines.append(f"{'worst case, image by image':<58}{_counted(report['worst_case'])}")
+    by_class = sorted(report["worst_case"]["per_class"])
+    lines.append(
+        f"worst case of the classes: lowest {by_class[0]:.2%}, median "
+        f"{by_class[len(by_class) // 2]:.2%}, highest {by_class[-1]:.2%}"
+    )
+    return "\n".join(lines + [f"warning: {text}" for text in report.get("warnings", [])])
 
 
-def write(report: dict[str, object], out_dir: Path, stem: str) -> Path:
-    """Write the report as JSON below ``out_dir`` and return the file; never over another one."""
+def _counted(row: dict[str, object]) -> str:
+    low, high = row["interval"]
+    interval = f"{100 * low:.2f} - {100 * high:.2f}"
+    return f"{row['correct']:>7,}/{row['n']:<7,}{row['accuracy']:>10.2%}{interval:>18}"
+
+
+def write(
+    report: dict[str, object], verdicts: dict[str, Tensor], y: Tensor, out_dir: Path, stem: str
+) -> Path:
+    """Write the report as JSON below ``out_dir``, the verdicts beside it; never over other files.
+
+    Returns:
+        The JSON file. The other has its name with ``-verdicts.npz``: (N,) bool by attack, and the
+        labels.
+    """
     out_dir.mkdir(parents=True, exist_ok=True)
     for number in range(1, 1_000_000):
         path = out_dir / (f"{stem}.json" if number == 1 else f"{stem}-{number}.json")
         if not path.exists():
+            arrays = {name: verdict.numpy() for name, verdict in verdicts.items()}
+            arrays["worst case"] = np.all(list(arrays.values()), axis=0)
+            np.savez_compressed(verdict_file(path), labels=y.cpu().numpy(), **arrays)
             path.write_text(json.dumps(report, indent=2) + "\n")
             return path
     raise ValueError(f"{out_dir}: too many reports")
+
+
+def verdict_file(path: Path) -> Path:
+    """Return where the verdicts of a report lie."""
+    return path.with_name(path.stem + "-verdicts.npz")
+
+
+# --------------------------------------------------------------------------------------- comparing
+
+
+def read(path: Path) -> dict[str, object]:
+    """Return a report from its file.
+
+    Raises:
+        ValueError: It is not a report.
+    """
+    try:
+        found = json.loads(path.read_text())
+        for row in (found["worst_case"], *found["attacks"]):
+            row["correct"], row["n"], row["accuracy"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--compare {path}: not a report of this project") from error
+    return found
+
+
+def compared(paths: list[Path]) -> str:
+    """Return reports side by side: accuracies, mean and deviation, and McNemar's test for pairs.
+
+    Raises:
+        ValueError: A file is not a report.
+    """
+    reports = [read(path) for path in paths]
+    columns = [
+        {row["attack"]: row for row in found["attacks"]} | {"worst case": found["worst_case"]}
+        for found in reports
+    ]
+    names = [name for name in columns[0] if all(name in column for column in columns)]
+    lines = [f"[{i}] {path}  ({found['n']:,} images)" for i, (path, found) in
+             enumerate(zip(paths, reports, strict=True), 1)]  # fmt: skip
+    head = "".join(f"{f'[{i}]':>10}" for i in range(1, len(paths) + 1))
+    lines.append(f"{'attack':<16}{head}{'mean':>10}{'std':>8}")
+    for name in names:
+        shares = [column[name]["accuracy"] for column in columns]
+        cells = "".join(f"{share:>10.2%}" for share in shares)
+        deviation = np.std(shares, ddof=1) if len(shares) > 1 else 0.0
+        lines.append(f"{name:<16}{cells}{np.mean(shares):>10.2%}{100 * deviation:>8.2f}")
+    for second in range(1, len(paths)):
+        lines += _paired(paths, 0, second, names)
+    return "\n".join(lines)
+
+
+def _paired(paths: list[Path], first: int, second: int, names: list[str]) -> list[str]:
+    files = [verdict_file(paths[index]) for index in (first, second)]
+    if not all(file.exists() for file in files):
+        return [f"[{first + 1}] and [{second + 1}]: no verdicts beside both reports, no test"]
+    one, two = (np.load(file) for file in files)
+    if not np.array_equal(one["labels"], two["labels"]):
+        return [f"[{first + 1}] and [{second + 1}]: not the same images, no test"]
+    lines = []
+    for name in names:
+        if name in one and name in two:
+            a, b, p = mcnemar(one[name], two[name])
+            lines.append(
+                f"[{first + 1}] against [{second + 1}], {name}: {a} images right only in the "
+                f"first, {b} only in the second, McNemar p = {p:.2g}"
+            )
+    return lines

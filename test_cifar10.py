@@ -1,4 +1,4 @@
-"""Measure a CIFAR-10 checkpoint: clean, FGSM, PGD and CW accuracy, and the worst case of them.
+"""Measure a CIFAR-10 checkpoint: clean, FGSM, PGD, CW and AutoAttack accuracy, and the worst case.
 
     python3 test_cifar10.py --model_path model.pth --out_dir ./output/ --data-dir cifar-data
 
@@ -6,17 +6,18 @@ The file says which network it holds; ``evaluation.py`` says what each attack is
 """
 
 import argparse
+from functools import partial
 
 import torch
 
-import checkpoint
 import data
 import evaluation
 import options
 import parallel
+import referee
 import report
 import utils
-from models import build_model
+from models import build_model, canonical_name
 
 DATASET = "cifar10"
 NUM_CLASSES = 10
@@ -25,43 +26,42 @@ NUM_CLASSES = 10
 def main(argv: list[str]) -> None:
     """Parse the flags, join the other processes if there are any, measure."""
     args = options.parse_measuring(argv, __doc__)
-    names = [evaluation.parse_attack(name).name for name in args.attacks]
+    if args.compare:
+        print(report.compared(args.compare))
+        return
+    args.attacks = [evaluation.parse_attack(name).name for name in args.attacks]
+    args.model = args.model and canonical_name(args.model)
     device = parallel.start(args.device)
     utils.keep_freed_memory()
-
     with parallel.together():
-        run(args, names, device)
+        run(args, device)
 
 
-def run(args: argparse.Namespace, names: list[str], device: torch.device) -> None:
+def run(args: argparse.Namespace, device: torch.device) -> None:
     """Measure one checkpoint on one device, alone or with other processes."""
-    saved = checkpoint.load(args.model_path)
-    name, network = checkpoint.architecture(saved, args, NUM_CLASSES)
-    model = build_model(name, **network)
-    weights = checkpoint.load_weights(model, saved, args.weights, args.model_path)
+    archive = data.ARCHIVES[DATASET]
+    opened = partial(
+        referee.open_network, build=build_model, args=args, classes=NUM_CLASSES,
+        mean=archive.mean, std=archive.std,
+    )  # fmt: skip
+    model, network, facts = opened(args.model_path)
     model = model.to(device, memory_format=torch.channels_last)
+    source = args.transfer_from and opened(args.transfer_from)[0].to(device)
 
     with parallel.rank_0_first():
         dataset = data.load(DATASET, NUM_CLASSES, args.data_dir, args.synthetic)
     images = dataset.test.first(args.n_examples, "--n-examples").to(device)
-    trained_on = saved.get("dataset", "unknown images")
-    facts = {"checkpoint": str(args.model_path), "model": name, "weights": weights}
-    facts |= {"trained_on": trained_on, "dataset": dataset.name, "origin": dataset.origin}
-    print(f"{args.model_path}: {name}, {weights} weights, trained on {trained_on}\n"
-          f"{len(images):,} test images of {dataset.name} ({dataset.origin}), "
-          f"eps {args.epsilon:g}/255, {device}")  # fmt: skip
+    facts |= {"dataset": dataset.name, "origin": dataset.origin, "test_images": len(dataset.test)}
+    print(f"{args.model_path}: {facts['model']}, {facts['weights']} weights, trained on "
+          f"{facts['trained_on']}\n{len(images):,} of {len(dataset.test):,} test images of "
+          f"{dataset.name} ({dataset.origin}), {parallel.size()} x {device.type}")  # fmt: skip
 
     # From here on sizes are pixel fractions: this is the only place that divides by 255.
-    measured = facts | evaluation.evaluate(
-        model, images.as_float(), images.labels, names,
-        epsilon=args.epsilon / 255, batch_size=args.batch_size, seed=args.seed,
-        cascade=args.cascade,
-    )  # fmt: skip
-    if parallel.rank():
-        return
-    print(report.table(measured))
-    stem = f"{args.model_path.resolve().parent.name}-{args.model_path.stem}-report"
-    print(f"report: {report.write(measured, args.out_dir, stem)}")
+    sizes = [size / 255 for size in args.eps or [args.epsilon]]
+    x, y = images.as_float(), images.labels
+    measured = referee.measure(model, facts, x, y, sizes, args, source)
+    if measured:
+        referee.extras(model, network, measured, x, y, dataset.classes, args)
 
 
 if __name__ == "__main__":

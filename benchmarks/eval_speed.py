@@ -77,15 +77,15 @@ def main():
     args = made.parse_args()
     saved = checkpoint.load(args.model_path)
     classes = saved["num_classes"]
-    given = argparse.Namespace(model_path=args.model_path, model=None, width=None)
-    name, network = checkpoint.architecture(saved, given, classes)
+    given = argparse.Namespace(model=None)
+    name, network = checkpoint.architecture(saved, args.model_path, given, classes, {})
     dataset = data.load(f"cifar{classes}", classes, args.data_dir, args.synthetic)
     images = dataset.test.first(args.n_examples, "--n-examples").to(torch.device(args.device))
     x, y, attack = images.as_float(), images.labels, evaluation.parse_attack(args.attack)
 
     def ours():
-        settings = dict(epsilon=EPS, batch_size=args.batch_size, seed=0)
-        return evaluation.standing_images(model, x, y, [attack], **settings)[attack][0]
+        settings = evaluation.Settings(epsilon=EPS, batch_size=args.batch_size, seed=0)
+        return evaluation.standing_images(model, x, y, [attack], settings)[attack].standing
 
     def theirs():
         settings = dict(steps=attack.steps, restarts=attack.restarts, batch_size=args.batch_size)
@@ -97,7 +97,7 @@ def main():
         ("ours", ours, torch.channels_last),
     ):
         model = build_model(name, **network)
-        utils_weights = checkpoint.load_weights(model, saved, None, args.model_path)
+        weights = checkpoint.load_weights(model, saved, None, args.model_path)
         model = model.eval().to(args.device, memory_format=layout)
         began = time.perf_counter()
         verdicts[title] = run()
@@ -110,7 +110,7 @@ def main():
         row["x faster"] = rows[0]["seconds"] / row["seconds"]
         row["x fewer FLOPs"] = rows[0]["TFLOP"] / row["TFLOP"]
     first, second = verdicts.values()
-    show(f"{attack.name} on {len(y)} images, {name}, {utils_weights} weights", rows, args)
+    show(f"{attack.name} on {len(y)} images, {name}, {weights} weights", rows, args)
     print(f"verdicts that differ: {int((first != second).sum())} of {len(y)}")
 
 

@@ -71,7 +71,7 @@ def fitted():
     """A small network that has learned 512 synthetic images by heart, and the images."""
     import data
 
-    images = data.synthetic(10, train=512, test=1).train
+    images = data.drawn(10, train=512, test=1).train
     x, y = images.as_float(), images.labels
     torch.manual_seed(0)
     model = SmallNet()

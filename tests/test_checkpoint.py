@@ -13,6 +13,8 @@ import checkpoint
 import record
 from models import build_model
 
+STATISTICS = dict(mean=(0.4, 0.5, 0.6), std=(0.2, 0.2, 0.2))
+
 
 @pytest.fixture
 def saved(tmp_path):
@@ -26,7 +28,7 @@ def saved(tmp_path):
 def test_what_is_saved_comes_back(saved):
     content = checkpoint.load(saved)
     assert (content["schema"], content["model"], content["width"]) == ("mix-kl/1", "ResNet18", 8)
-    name, network = checkpoint.architecture(content, Namespace(model=None, model_path=saved), 10)
+    name, network = checkpoint.architecture(content, saved, Namespace(model=None), 10, STATISTICS)
     model = build_model(name, **network)
     assert checkpoint.load_weights(model, content, None, saved) == "raw"
     assert all(torch.equal(v, content["raw"][k]) for k, v in model.state_dict().items())
@@ -46,9 +48,13 @@ def test_a_bare_state_dict_loads_with_its_prefix_and_the_network_named(tmp_path,
     torch.save({prefix + key: value for key, value in net.state_dict().items()}, path)
     content = checkpoint.load(path)
     with pytest.raises(ValueError, match=r"bare state dict; name its network with --model"):
-        checkpoint.architecture(content, Namespace(model=None, model_path=path), 10)
-    args = Namespace(model="small", width=8, model_path=path)
-    assert checkpoint.architecture(content, args, 10) == ("small", {"num_classes": 10, "width": 8})
+        checkpoint.architecture(content, path, Namespace(model=None), 10, STATISTICS)
+    args = Namespace(model="small", width=8, normalize="none")
+    found = checkpoint.architecture(content, path, args, 10, STATISTICS)
+    assert found == ("small", {"num_classes": 10, "width": 8})
+    args.normalize = "dataset"
+    _, network = checkpoint.architecture(content, path, args, 10, STATISTICS)
+    assert network == {"num_classes": 10, "width": 8} | STATISTICS
     other = SmallNet()
     checkpoint.load_weights(other, content, None, path)
     assert torch.equal(other.conv1.weight, net.conv1.weight)
@@ -65,9 +71,9 @@ def test_faults_of_content_have_their_line(saved):
     content = checkpoint.load(saved)
     args = Namespace(model=None, width=None, model_path=saved)
     with pytest.raises(ValueError, match=r"cifar10 \(10 classes\); use test_cifar10\.py"):
-        checkpoint.architecture(content, args, 100)
+        checkpoint.architecture(content, saved, args, 100, STATISTICS)
     with pytest.raises(ValueError, match="--model VGG: the file holds a ResNet18"):
-        checkpoint.architecture(content, Namespace(model="VGG", model_path=saved), 10)
+        checkpoint.architecture(content, saved, Namespace(model="VGG"), 10, STATISTICS)
     with pytest.raises(ValueError, match="holds no ema weights"):
         checkpoint.load_weights(SmallNet(), content, "ema", saved)
     with pytest.raises(ValueError, match="does not fit this network"):

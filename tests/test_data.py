@@ -20,7 +20,7 @@ def test_both_datasets_are_read_as_they_were_written(tmp_path):
     ):
         write_archive(tmp_path, num_classes)
         dataset = data.load(name, num_classes, tmp_path, False)
-        assert (len(dataset.train), len(dataset.test), dataset.num_classes) == (
+        assert (len(dataset.train), len(dataset.test), len(dataset.classes)) == (
             400,
             40,
             num_classes,
@@ -223,7 +223,7 @@ def test_synthetic_images_are_deterministic_and_balanced(num_classes):
     torch.manual_seed(0)
     np.random.seed(0)
     first = data.load("cifar10", num_classes, None, True)
-    second = data.synthetic(num_classes, train=6000, test=1000)
+    second = data.drawn(num_classes, train=6000, test=1000)
     assert torch.equal(first.train.pixels, second.train.pixels)
     assert torch.equal(first.test.labels, second.test.labels)
     assert first.train.pixels.shape == (6000, 32, 32, 3) and first.origin == "synthetic"

@@ -1,26 +1,30 @@
 """Verdicts against a plain loop, the report's arithmetic, and planted defects it must see."""
 
+import copy
+import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
 from conftest import SmallNet
 from torch import nn
 
 import attacks
+import auto_attack
 import evaluation
-import report as report_module
+import report
 from evaluation import Attack, parse_attack
 
 EPS = 3 / 255
+SETTINGS = evaluation.Settings(epsilon=EPS, batch_size=128, seed=0)
 
 
 def verdicts(model, x, y, *names, epsilon=EPS, batch_size=100, seed=0):
     chosen = [parse_attack(name) for name in names]
-    found = evaluation.standing_images(
-        model, x, y, chosen, epsilon=epsilon, batch_size=batch_size, seed=seed
-    )
-    return [found[attack][0] for attack in chosen]
+    settings = evaluation.Settings(epsilon=epsilon, batch_size=batch_size, seed=seed)
+    found = evaluation.standing_images(model, x, y, chosen, settings)
+    return [found[attack].standing for attack in chosen]
 
 
 def plain_loop(model, x, y, steps, loss, restarts=1, seed=0):
@@ -138,7 +142,7 @@ def test_a_model_that_returns_nan_when_perturbed_is_not_robust(fitted):
 def test_held_out_accuracies_have_the_names_they_were_asked_for(fitted):
     model, x, y = fitted
     names = {"clean": "clean", "pgd10": "pgd-10"}
-    row = evaluation.accuracies(model, x, y, names=names, epsilon=EPS, batch_size=128, seed=0)
+    row = evaluation.accuracies(model, x, y, names=names, settings=SETTINGS)
     expected = [v.double().mean().item() for v in verdicts(model, x, y, "clean", "pgd-10")]
     assert list(row) == ["clean", "pgd10"] and list(row.values()) == expected
 
@@ -160,51 +164,137 @@ def test_unknown_attacks_are_refused(text):
         parse_attack(text)
 
 
+def measured(model, x, y, *names, **changes):
+    settings = dataclasses.replace(SETTINGS, **changes)
+    rows, found, _ = evaluation.evaluate(model, x, y, list(names), settings)
+    facts = {"epsilon": EPS, "recorded_clean": None}
+    return report.build(facts, rows, found, y), found
+
+
 @pytest.fixture
-def report(fitted):
-    model, x, y = fitted
-    names = ["clean", "fgsm", "pgd-2", "pgd-10", "cw-5", "pgd-10"]
-    return evaluation.evaluate(model, x, y, names, epsilon=EPS, batch_size=128, seed=0)
+def a_report(fitted):
+    return measured(*fitted, "clean", "fgsm", "pgd-2", "pgd-10", "cw-5", "pgd-10")
 
 
-def test_the_report_counts_right_and_the_worst_case_is_image_by_image(report, fitted):
-    rows = report["attacks"]
+def test_the_report_counts_right_and_the_worst_case_is_image_by_image(a_report, fitted):
+    rows, y = a_report[0]["attacks"], fitted[2]
     assert [row["attack"] for row in rows] == ["clean", "fgsm", "pgd-2", "pgd-10", "cw-5"]
     standing = verdicts(*fitted, "clean", "fgsm", "pgd-2", "pgd-10", "cw-5", batch_size=128)
     assert [row["correct"] for row in rows] == [int(verdict.sum()) for verdict in standing]
-    worst = report["worst_case"]
+    worst = a_report[0]["worst_case"]
     assert worst["correct"] == int(torch.stack(standing).all(0).sum())
     assert worst["correct"] <= min(row["correct"] for row in rows)
-    for row in rows:
+    for row, verdict in zip(rows, standing, strict=True):
         assert row["accuracy"] == row["correct"] / row["n"] and row["n"] == 512
+        assert row["interval"][0] < row["accuracy"] <= row["interval"][1]
+        of_class_3 = verdict[y == 3].double().mean().item()
+        assert row["per_class"][3] == pytest.approx(of_class_3)
     pgd = rows[3]
     assert (pgd["epsilon"], pgd["alpha"], pgd["steps"]) == (EPS, 2 / 255, 10)
     assert (pgd["restarts"], pgd["loss"], pgd["start"], pgd["seed"]) == (1, "CE", "uniform", 0)
     assert 0 < rows[2]["seconds"] < pgd["seconds"]
-    assert report["machine"]["torch"] == str(torch.__version__)
+    assert rows[0]["passes"] == 512
 
 
-def test_table_and_json_say_the_same(report, tmp_path):
-    table = report_module.table(report).splitlines()
-    assert (
-        len(table) == 1 + len(report["attacks"]) + 1
-        and len({len(line) for line in table[1:-1]}) == 1
-    )
-    for line, row in zip(table[1:], report["attacks"], strict=False):
+def test_passes_are_counted_as_the_network_sees_them(fitted):
+    model, x, y = fitted
+    model = copy.deepcopy(model)
+    count = auto_attack.Passes(model)
+    rows = measured(model, x, y, "clean", "pgd-10-3", batch_size=64)[0]["attacks"]
+    assert count.stop() == sum(row["passes"] for row in rows)
+
+
+def test_the_pool_keeps_its_size_while_there_are_images(fitted):
+    """All lanes work: every pass of the ascent but the last few has the full batch."""
+    model, x, y = fitted
+    sizes = []
+    model = copy.deepcopy(model)
+    model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    verdicts(model, x, y, "pgd-20", batch_size=32)
+    sizes = sizes[16:]  # behind the clean pass
+    full = max(i for i, size in enumerate(sizes) if size == 32 and sizes[:i].count(32) == i)
+    assert full > 0.6 * len(sizes) and sizes[: full + 1] == [32] * (full + 1)
+
+
+def test_a_cascade_attacks_survivors_only_and_ends_in_the_same_worst_case(fitted):
+    names = ("clean", "pgd-5", "cw-5", "fgsm")
+    apart, together = (measured(*fitted, *names, cascade=cascade)[0] for cascade in (False, True))
+    assert together["worst_case"] == apart["worst_case"]
+    counts = [row["correct"] for row in together["attacks"]]
+    assert counts == sorted(counts, reverse=True) and counts[-1] == apart["worst_case"]["correct"]
+    assert together["attacks"][2]["passes"] < apart["attacks"][2]["passes"]
+
+
+def test_transfer_attacks_with_images_of_the_other_network(fitted):
+    model, x, y = fitted
+    same = measured(model, x, y, "clean", "transfer", source=model)[1]["transfer"]
+    starts = evaluation.uniform_starts(x, EPS, 0)
+    adv = attacks.pgd(model, x, y, epsilon=EPS, alpha=2 / 255, steps=20, start=starts)
+    clean = verdicts(model, x, y, "clean")[0]
+    assert torch.equal(same, clean & attacks.standing(model, adv, y, 512))
+    torch.manual_seed(0)
+    other = measured(model, x, y, "transfer", source=SmallNet())[1]["transfer"]
+    assert other.sum() > same.sum()
+    with pytest.raises(ValueError, match="--transfer-from"):
+        measured(model, x, y, "transfer")
+
+
+def test_table_and_files_say_the_same(a_report, fitted, tmp_path):
+    shown, found = a_report
+    table = report.table(shown | {"warnings": ["something"]}).splitlines()
+    assert len(table) == 1 + len(shown["attacks"]) + 3 and table[-1] == "warning: something"
+    for line, row in zip(table[1:], shown["attacks"], strict=False):
         assert line.split()[0] == row["attack"] and f"{row['accuracy']:.2%}" in line
-        assert f"{row['correct']:,}/512" in line
-    assert table[-1].endswith(f"{report['worst_case']['accuracy']:.2%}")
-    paths = [report_module.write(report, tmp_path / "new", "r") for _ in range(3)]
+        assert f"{row['correct']:,}/512" in line and f"{100 * row['interval'][0]:.2f} - " in line
+    assert f"{shown['worst_case']['accuracy']:.2%}" in table[-3]
+    y = fitted[2]
+    paths = [report.write(shown, found, y, tmp_path / "new", "r") for _ in range(3)]
     assert [path.name for path in paths] == ["r.json", "r-2.json", "r-3.json"]
-    assert json.loads(paths[1].read_text()) == report
+    assert json.loads(paths[1].read_text()) == shown
+    saved = np.load(report.verdict_file(paths[1]))
+    assert all(np.array_equal(saved[name], verdict.numpy()) for name, verdict in found.items())
+    assert np.array_equal(saved["labels"], y.numpy())
+
+
+@pytest.mark.parametrize("correct, n, low, high", [
+    (0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (81, 263, 0.2553, 0.3662),  # Wilson; Newcombe
+])  # fmt: skip
+def test_the_interval_is_wilsons(correct, n, low, high):
+    assert report.wilson(correct, n) == pytest.approx((low, high), abs=5e-5)
+
+
+def test_mcnemar_is_the_exact_binomial_test():
+    stats = pytest.importorskip("scipy.stats")
+    rng = np.random.default_rng(0)
+    for n in (40, 5000):
+        first, second = rng.random((2, n)) < [[0.5], [0.55]]
+        a, b, p = report.mcnemar(first, second)
+        assert (a, b) == ((first & ~second).sum(), (second & ~first).sum())
+        assert p == pytest.approx(min(1.0, stats.binomtest(int(a), int(a + b)).pvalue))
+    assert report.mcnemar(first, first) == (0, 0, 1.0)
+
+
+def test_reports_side_by_side(fitted, tmp_path, script):
+    paths = []
+    for seed in (0, 1, 2):
+        shown, found = measured(*fitted, "clean", "pgd-2", seed=seed)
+        paths.append(report.write(shown, found, fitted[2], tmp_path, "r"))
+    status, out, err = script("test_cifar10", "--compare", *paths)
+    assert status == 0, err
+    shares = [json.loads(path.read_text())["attacks"][1]["accuracy"] for path in paths]
+    (line,) = (line for line in out.splitlines() if line.startswith("pgd-2"))
+    assert f"{np.mean(shares):.2%}" in line and f"{100 * np.std(shares, ddof=1):.2f}" in line
+    assert out.count("McNemar p = ") == 6 and "[1] against [3], clean: 0 images" in out
+    paths[0].write_text("{}")
+    status, _, err = script("test_cifar10", "--compare", *paths)
+    assert (status, len(err.splitlines())) == (2, 1) and "r.json: not a report" in err
 
 
 def test_measuring_moves_nothing(batch):
     model = SmallNet().train()
     state = {key: value.clone() for key, value in model.state_dict().items()}
     rng = torch.get_rng_state()
-    evaluation.evaluate(model, *batch, ["clean", "fgsm-rs", "pgd-2-2", "cw-2"], epsilon=EPS,
-                        batch_size=8, seed=0)  # fmt: skip
+    measured(model, *batch, "clean", "fgsm-rs", "pgd-2-2", "cw-2", batch_size=8)
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     assert model.training and torch.equal(torch.get_rng_state(), rng)
     assert all(p.grad is None for p in model.parameters())

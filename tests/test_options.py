@@ -16,8 +16,8 @@ delta_init device early_stop ema_decay ema_value epochs epsilon factor hard_term
 kl_gradient kl_reference kl_weight label_smoothing lamda lr lr_min lr_peak lr_schedule mixup_alpha
 model momentum out_dir overwrite precision run_name seed synthetic temperature train_images
 weight_decay width"""
-MEASURING = """attacks batch_size cascade data_dir debug device epsilon help model model_path
-n_examples out_dir seed synthetic weights width"""
+MEASURING = """attacks batch_size cascade compare data_dir debug device eps epsilon export help
+model model_path n_examples normalize out_dir pictures seed synthetic transfer_from weights width"""
 PUBLISHED = """--batch-size 128 --data-dir d --epochs 110 --lr-schedule cyclic --lr-min 0.0
 --lr-max 0.2 --weight-decay 5e-4 --momentum 0.9 --model ResNet18 --epsilon 8 --alpha 8 --delta-init
 half --out_dir o --seed 0 --lamda 12 --early-stop --factor 0.7 --mixup-alpha 1.0 --EMA_value 0.82

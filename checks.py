@@ -1,0 +1,222 @@
+"""Warnings: signs that a measurement flatters a network, what was seen, and what it usually means.
+
+After the checks of AutoAttack, arXiv:2003.01690, and Carlini et al., arXiv:1902.06705, section 5.
+"""
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+import attacks
+
+GAP = 0.06  # more than this between CE-PGD and CW or AutoAttack is no ordinary difference
+NOISE = 0.02  # an accuracy that rises by less says nothing
+SCALES = (0.1, 10.0)  # of the logits, against which CE-PGD is tried
+LARGE = 64 / 255  # a perturbation in which any image can be changed beyond recognition
+
+
+def of_the_network(
+    model: nn.Module, x: Tensor, y: Tensor, *, epsilon: float, recorded: float | None = None
+) -> list[str]:
+    """Probe a network on a few images and return the warnings.
+
+    Args:
+        model: Maps images in [0, 1] to logits.
+        x: (N, C, H, W) images; some hundred are enough.
+        y: (N,) labels.
+        epsilon: Radius of the ball, a pixel fraction.
+        recorded: Clean accuracy that the training measured, in [0, 1].
+    """
+    with attacks.measuring(model, x):
+        with torch.no_grad():
+            logits, again = model(x), model(x)
+            noise = torch.empty_like(x).uniform_(-epsilon, epsilon, generator=_generator(x))
+            perturbed = model((x + noise).clamp(0, 1))
+        found = [
+            _non_finite(logits, perturbed), _probabilities(logits), _random(logits, again),
+            _near_chance(logits, y), _below_record(logits, y, recorded),
+        ]  # fmt: skip
+        right = ~attacks.fooled(logits, y)
+        if right.any() and not any(found[:2]):
+            x, y = x[right], y[right]
+            found.append(_zero_gradients(model, x, y))
+            found.append(_scale(model, x, y, epsilon))
+            found.append(_large_epsilon(model, x, y))
+    return [warning for warning in found if warning]
+
+
+def _generator(x: Tensor) -> torch.Generator:
+    return torch.Generator(x.device).manual_seed(0)
+
+
+def _standing(
+    model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, epsilon: float, steps: int
+) -> float:
+    """Return the accuracy under CE-PGD with steps of epsilon / 4, in the mode that holds now."""
+    x_adv, _ = attacks.sign_ascent(
+        model, x, lambda z: attacks.cross_entropy_loss(z, y),
+        attacks.start_point(x, "uniform", epsilon, _generator(x)),
+        epsilon=epsilon, alpha=epsilon / 4, steps=steps,
+    )  # fmt: skip
+    with torch.no_grad():
+        return (~attacks.fooled(model(x_adv), y)).double().mean().item()
+
+
+def _non_finite(logits: Tensor, perturbed: Tensor) -> str | None:
+    broken = ~torch.stack([logits, perturbed]).isfinite().all(2)
+    if broken.any():
+        return (
+            f"non-finite logits on {int(broken[0].sum())} clean and {int(broken[1].sum())} "
+            f"slightly changed images of {len(logits)}; they count as fooled. Usually overflow in "
+            "the network"
+        )
+    return None
+
+
+def _probabilities(logits: Tensor) -> str | None:
+    sums_to_one = (logits.sum(1) - 1).abs().max() < 1e-4
+    if sums_to_one and logits.min() >= 0:
+        return (
+            "the outputs look like probabilities (not below 0, sum 1). Usually a softmax inside "
+            "the network: gradients vanish, and attacks see less than there is; give them logits"
+        )
+    return None
+
+
+def _random(logits: Tensor, again: Tensor) -> str | None:
+    moved = (logits - again).abs().max() / logits.abs().max().clamp(min=1e-12)
+    if moved > 1e-4:
+        return (
+            f"two identical forward passes differ by {moved:.1%} of the largest logit. Usually "
+            "dropout or noise left on: a random network needs attacks that average over it"
+        )
+    return None
+
+
+def _near_chance(logits: Tensor, y: Tensor) -> str | None:
+    chance, n = 1 / logits.shape[1], len(y)
+    accuracy = (~attacks.fooled(logits, y)).double().mean().item()
+    if accuracy < chance + 3 * (chance * (1 - chance) / n) ** 0.5:
+        return (
+            f"clean accuracy {accuracy:.1%} is chance ({chance:.1%}). Usually untrained or wrong "
+            "weights, labels in another order, or images normalised twice"
+        )
+    return None
+
+
+def _below_record(logits: Tensor, y: Tensor, recorded: float | None) -> str | None:
+    accuracy = (~attacks.fooled(logits, y)).double().mean().item()
+    if recorded is not None and accuracy < recorded - 0.1:
+        return (
+            f"clean accuracy {accuracy:.1%} is far below the {recorded:.1%} that the training "
+            "wrote into the file. Usually images normalised twice or not at all, or other weights"
+        )
+    return None
+
+
+def _zero_gradients(model: nn.Module, x: Tensor, y: Tensor) -> str | None:
+    images = x.clone().requires_grad_()
+    with torch.enable_grad():
+        logits = model(images)
+        (gradient,) = (
+            torch.autograd.grad(attacks.cross_entropy_loss(logits, y), images, allow_unused=True)
+            if logits.requires_grad
+            else (None,)
+        )
+    zero = 1.0 if gradient is None else (gradient.flatten(1) == 0).all(1).double().mean().item()
+    if zero > 0.05:
+        return (
+            f"the gradient is exactly zero on {zero:.0%} of the images. Usually a step without "
+            "gradient (rounding, thresholds), or logits so large that the softmax saturates: "
+            "attacks by gradient fail without the network being robust"
+        )
+    return None
+
+
+def _scale(model: nn.Module, x: Tensor, y: Tensor, epsilon: float) -> str | None:
+    as_it_is = _standing(model, x, y, epsilon, 10)
+    scaled = {s: _standing(lambda z, s=s: s * model(z), x, y, epsilon, 10) for s in SCALES}
+    scale, least = min(scaled.items(), key=lambda item: item[1])
+    if as_it_is - least > max(0.03, 2 / len(x)):
+        return (
+            f"CE-PGD leaves {as_it_is:.1%} of the clean hits, but {least:.1%} where the logits are "
+            f"multiplied by {scale:g}, which changes no prediction and not CW. Usually logits too "
+            "flat or too steep for cross-entropy: believe CW and AutoAttack"
+        )
+    return None
+
+
+def _large_epsilon(model: nn.Module, x: Tensor, y: Tensor) -> str | None:
+    standing = _standing(model, x, y, LARGE, 20)
+    if standing > 0.3:
+        return (
+            f"PGD-20 at 64/255 leaves {standing:.0%} of the clean hits, where it should leave "
+            "almost none. Usually masked gradients: attacks fail without the network being robust"
+        )
+    return None
+
+
+def of_the_rows(rows: list[dict[str, object]]) -> list[str]:
+    """Compare the attacks of one report with each other and return the warnings."""
+    accuracy = {row["attack"]: row["accuracy"] for row in rows}
+    pgd = {row["steps"]: row["accuracy"] for row in rows if row["attack"].startswith("pgd")}
+    strong = {
+        name: value for name, value in accuracy.items() if name.startswith(("cw", "autoattack"))
+    }
+    found = []
+    if pgd and strong:
+        name, least = min(strong.items(), key=lambda item: item[1])
+        if min(pgd.values()) - least > GAP:
+            found.append(
+                f"CE-PGD leaves {min(pgd.values()):.1%}, {name} only {least:.1%}. Usually logits "
+                "that flatten the cross-entropy (temperature, smoothing): PGD flatters this network"
+            )
+    steps = sorted(pgd)
+    for fewer, more in pairwise(steps):
+        if pgd[more] > pgd[fewer] + NOISE:
+            found.append(
+                f"accuracy rises from {pgd[fewer]:.1%} to {pgd[more]:.1%} from PGD-{fewer} to "
+                f"PGD-{more}. Usually masked gradients, or a random network"
+            )
+    if pgd and accuracy.get("fgsm", 1.0) < min(pgd.values()) - NOISE:
+        found.append(
+            f"FGSM leaves {accuracy['fgsm']:.1%}, less than PGD ({min(pgd.values()):.1%}). Usually "
+            "masked gradients: one step should not beat many"
+        )
+    found += _black_box(rows, accuracy, pgd)
+    return found
+
+
+def _black_box(
+    rows: list[dict[str, object]], accuracy: dict[str, float], pgd: dict[int, float]
+) -> list[str]:
+    found = []
+    for name in ("transfer", "square"):
+        if pgd and accuracy.get(name, 1.0) < min(pgd.values()) - NOISE:
+            found.append(
+                f"{name}, which sees no gradient, leaves {accuracy[name]:.1%}, less than PGD "
+                f"({min(pgd.values()):.1%}). Usually masked gradients"
+            )
+    for row in rows:
+        after = row.get("standing_after", {})
+        before = [count for part, count in after.items() if part != "square"]
+        if "square" in after and len(before) and min(before) - after["square"] > 0.002 * row["n"]:
+            found.append(
+                f"{row['attack']}: square, which sees no gradient, fools "
+                f"{min(before) - after['square']} images that stood against the attacks by "
+                "gradient. Usually masked gradients: the true accuracy may be lower still"
+            )
+    return found
+
+
+def of_the_sweep(accuracies: dict[float, float]) -> list[str]:
+    """Return a warning where accuracy rises with epsilon; the keys are epsilons."""
+    sizes = sorted(accuracies)
+    return [
+        f"accuracy rises from {accuracies[small]:.1%} to {accuracies[large]:.1%} as eps grows "
+        f"from {255 * small:g} to {255 * large:g} / 255. Usually masked gradients"
+        for small, large in pairwise(sizes)
+        if accuracies[large] > accuracies[small] + NOISE
+    ]

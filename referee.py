@@ -1,0 +1,157 @@
+"""A whole measurement of one checkpoint: network, attacks, warnings, report, pictures, export."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import checkpoint
+import checks
+import evaluation
+import export
+import parallel
+import pictures
+import report
+
+PROBED = 256  # images on which the network is probed for signs of a wrong defence
+
+
+def open_network(
+    path: Path,
+    build: Callable[..., nn.Module],
+    args: argparse.Namespace,
+    *,
+    classes: int,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> tuple[nn.Module, dict[str, object], dict[str, object]]:
+    """Open a checkpoint.
+
+    Args:
+        path: The file.
+        build: Makes a network from its name and what ``checkpoint.architecture`` returns.
+        args: Flags of a bare state dict, and ``weights``.
+        classes: Number of classes to measure on.
+        mean: Per channel of the dataset, and ``std``: likewise.
+
+    Returns:
+        The network in eval mode, what it was built with, and what the report says of it.
+    """
+    saved = checkpoint.load(path)
+    statistics = dict(mean=mean, std=std)
+    name, network = checkpoint.architecture(saved, path, args, classes, statistics)
+    model = build(name, **network)
+    weights = checkpoint.load_weights(model, saved, args.weights, path)
+    facts = {"checkpoint": str(path), "sha256": checkpoint.sha256(path), "weights": weights}
+    facts |= {"model": name, "trained_on": saved.get("dataset", "unknown images")}
+    prefix = "ema_" if weights == "ema" else ""
+    facts["recorded_clean"] = saved.get("metrics", {}).get(f"{prefix}clean_acc")
+    return model.eval(), network, facts
+
+
+def measure(
+    model: nn.Module,
+    facts: dict[str, object],
+    x: Tensor,
+    y: Tensor,
+    sizes: list[float],
+    args: argparse.Namespace,
+    source: nn.Module | None,
+) -> dict[str, object] | None:
+    """Attack, warn, print and write a report for each epsilon; with several, draw the sweep.
+
+    Args:
+        model: Network in eval mode on its device.
+        facts: What the report says of network and images.
+        x: (N, 3, H, W) images in [0, 1], and ``y``: their (N,) labels.
+        sizes: Epsilons, pixel fractions.
+        args: Flags.
+        source: Network on which the attack ``transfer`` makes its images.
+
+    Returns:
+        The last report; None in a process that writes nothing.
+    """
+    stem, reports = stem_of(args.model_path), []
+    for epsilon in sizes:
+        settings = evaluation.Settings(
+            epsilon=epsilon, batch_size=args.batch_size, seed=args.seed, cascade=args.cascade,
+            progress=True, journal=args.out_dir, source=source,
+        )  # fmt: skip
+        rows, verdicts, journals = evaluation.evaluate(model, x, y, args.attacks, settings)
+        if parallel.rank():
+            continue
+        here = {"epsilon": epsilon, "cascade": args.cascade, "machine": report.machine(x.device)}
+        measured = report.build(facts | here, rows, verdicts, y)
+        measured["warnings"] = warnings(model, x, y, measured, args.cascade)
+        print(f"eps {255 * epsilon:g}/255\n{report.table(measured)}")
+        suffix = f"-eps{255 * epsilon:g}" if len(sizes) > 1 else ""
+        path = report.write(measured, verdicts, y, args.out_dir, f"{stem}{suffix}-report")
+        print(f"report: {path}")
+        for journal in journals:
+            journal.unlink(missing_ok=True)
+        reports.append(measured)
+    if len(reports) > 1:
+        print(sweep(reports, args.out_dir / f"{stem}-sweep.png"))
+    return reports[-1] if reports else None
+
+
+def stem_of(path: Path) -> str:
+    """Return how files about a checkpoint are called: its folder's name and its own."""
+    return f"{path.resolve().parent.name}-{path.stem}"
+
+
+def warnings(
+    model: nn.Module, x: Tensor, y: Tensor, measured: dict[str, object], cascade: bool
+) -> list[str]:
+    """Return all warnings about one report; accuracies of a cascade cannot be compared."""
+    found = checks.of_the_network(
+        model, x[:PROBED], y[:PROBED], epsilon=max(measured["epsilon"], 1 / 255),
+        recorded=measured["recorded_clean"],
+    )  # fmt: skip
+    return found if cascade else found + checks.of_the_rows(measured["attacks"])
+
+
+def sweep(reports: list[dict[str, object]], path: Path) -> str:
+    """Draw accuracy over epsilon, and return the table with the warnings of the sweep."""
+    names = [row["attack"] for row in reports[0]["attacks"]]
+    rows = {
+        name: {found["epsilon"]: found["attacks"][i] for found in reports}
+        for i, name in enumerate(names)
+    }
+    pictures.sweep(rows, path)
+    head = [f"eps {255 * found['epsilon']:g}" for found in reports]
+    lines = [f"{'attack':<16}" + "".join(f"{text:>10}" for text in head)]
+    for name, by_epsilon in rows.items():
+        shares = "".join(f"{row['accuracy']:>10.2%}" for row in by_epsilon.values())
+        lines.append(f"{name:<16}{shares}")
+        shares = {epsilon: row["accuracy"] for epsilon, row in by_epsilon.items()}
+        lines += [f"warning: {name}: {text}" for text in checks.of_the_sweep(shares)]
+    return "\n".join([*lines, f"sweep: {path}"])
+
+
+def extras(
+    model: nn.Module,
+    network: dict[str, object],
+    measured: dict[str, object],
+    x: Tensor,
+    y: Tensor,
+    classes: tuple[str, ...],
+    args: argparse.Namespace,
+) -> None:
+    """Draw the pictures and export the network, where the flags ask for it."""
+    if args.pictures:
+        stem, epsilon = stem_of(args.model_path), measured["epsilon"]
+        drawn = {
+            "images": lambda path: pictures.images(model, x, y, classes, epsilon, path),
+            "surface": lambda path: pictures.surface(model, x[:PROBED], y[:PROBED], epsilon, path),
+            "method": lambda path: pictures.method(model, x, y, classes, epsilon, path),
+        }
+        for name, draw in drawn.items():
+            path = args.out_dir / f"{stem}-{name}.png"
+            with torch.random.fork_rng(devices=[]):
+                draw(path)
+            print(f"{name}: {path}")
+    if args.export:
+        print(f"export: {export.write(args.export, model, measured['model'], network, measured)}")

@@ -1,0 +1,126 @@
+"""Planted mistakes: each gets the warning that is meant for it, an honest network gets none."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import checks
+import evaluation
+import referee
+import report
+
+EPS = 3 / 255  # the small fitted network is robust to this, more or less
+
+
+class Planted(nn.Module):
+    """A network with something done to its images or its logits."""
+
+    def __init__(self, model, before=None, after=None):
+        super().__init__()
+        self.model = model
+        self.before, self.after = before or (lambda x: x), after or (lambda z: z)
+
+    def forward(self, x):
+        return self.after(self.model(self.before(x)))
+
+
+def rounded(x):
+    return (x * 64).round() / 64
+
+
+def nan_where_perturbed(known):
+    def after(x):
+        same = (x[:, None] == known[None]).flatten(2).all(2).any(1)
+        return torch.where(same[:, None, None, None], x, torch.nan)
+
+    return after
+
+
+MISTAKES = {
+    "softmax output": (dict(after=lambda z: z.softmax(1)), "look like probabilities"),
+    "logits x 30": (dict(after=lambda z: 30 * z), "are multiplied by 0.1"),
+    "logits x 0.02": (dict(after=lambda z: 0.02 * z), "are multiplied by 10"),
+    "dropout left on": (dict(after=lambda z: F.dropout(z, 0.3)), "identical forward passes differ"),
+    "normalised twice": (dict(before=lambda x: (x - 0.5) / 0.25), "far below the 9"),
+    "constant output": (dict(after=lambda z: 0 * z), "is chance"),
+    "gradients cut by rounding": (dict(before=rounded), "gradient is exactly zero on 100%"),
+}
+
+
+def warnings_of(model, x, y, recorded=0.9):
+    return checks.of_the_network(model, x, y, epsilon=EPS, recorded=recorded)
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_planted_mistake_gets_the_warning_meant_for_it(name, fitted):
+    model, x, y = fitted
+    changes, message = MISTAKES[name]
+    found = warnings_of(Planted(model, **changes), x[:256], y[:256])
+    assert any(message in text.replace("logits are\n", "logits are ") for text in found), found
+
+
+def test_logits_that_break_where_perturbed_are_seen(fitted):
+    model, x, y = fitted
+    model = Planted(model, before=nan_where_perturbed(x[:64]))
+    (found,) = warnings_of(model, x[:64], y[:64])
+    assert "non-finite logits on 0 clean and 64 slightly changed images of 64" in found
+
+
+def test_an_honest_network_gets_no_warning(fitted):
+    model, x, y = fitted
+    assert warnings_of(model, x[:256], y[:256]) == []
+    settings = evaluation.Settings(epsilon=EPS, batch_size=128, seed=0)
+    names = ["clean", "fgsm", "pgd-5", "pgd-20", "cw-20"]
+    rows, verdicts, _ = evaluation.evaluate(model, x, y, names, settings)
+    measured = report.build({"epsilon": EPS, "recorded_clean": 0.9}, rows, verdicts, y)
+    assert referee.warnings(model, x, y, measured, False) == []
+
+
+def test_probing_moves_nothing(fitted):
+    model, x, y = fitted
+    model = copy.deepcopy(model).train()
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    rng = torch.get_rng_state()
+    warnings_of(model, x[:32], y[:32])
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert model.training and torch.equal(torch.get_rng_state(), rng)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def rows_of(**accuracies):
+    rows = []
+    for name, accuracy in accuracies.items():
+        steps = int(name[3:]) if name.startswith("pgd") else 0
+        rows.append({"attack": name, "steps": steps, "accuracy": accuracy, "n": 1000})
+    return rows
+
+
+@pytest.mark.parametrize("rows, message", [
+    (rows_of(pgd20=0.50, cw50=0.42), "CE-PGD leaves 50.0%, cw50 only 42.0%"),
+    (rows_of(pgd20=0.50, autoattack=0.40), "autoattack only 40.0%"),
+    (rows_of(pgd10=0.40, pgd50=0.45), "rises from 40.0% to 45.0% from PGD-10 to PGD-50"),
+    (rows_of(fgsm=0.30, pgd10=0.40), "FGSM leaves 30.0%, less than PGD (40.0%)"),
+    (rows_of(pgd10=0.40, transfer=0.35), "transfer, which sees no gradient, leaves 35.0%"),
+    (rows_of(pgd10=0.40, square=0.30), "square, which sees no gradient, leaves 30.0%"),
+])  # fmt: skip
+def test_attacks_that_contradict_each_other_are_seen(rows, message):
+    (found,) = checks.of_the_rows(rows)
+    assert message in found
+
+
+def test_attacks_that_agree_get_no_warning():
+    rows = rows_of(clean=0.65, fgsm=0.43, pgd10=0.41, pgd50=0.40, cw50=0.38, autoattack=0.36)
+    rows[-1]["standing_after"] = {"apgd-ce": 380, "apgd-t": 361, "fab-t": 361, "square": 360}
+    assert checks.of_the_rows(rows) == []
+    rows[-1]["standing_after"]["square"] = 350
+    (found,) = checks.of_the_rows(rows)
+    assert "square, which sees no gradient, fools 11 images" in found
+
+
+def test_accuracy_that_rises_with_epsilon_is_seen():
+    assert checks.of_the_sweep({0.0: 0.6, 0.03: 0.4, 0.06: 0.41}) == []
+    (found,) = checks.of_the_sweep({0.0: 0.6, 8 / 255: 0.3, 16 / 255: 0.4})
+    assert "rises from 30.0% to 40.0% as eps grows from 8 to 16 / 255" in found
