@@ -97,7 +97,7 @@ def fallen(
         adversary.verbose, adversary.attacks_to_run = False, [part]
         run = adversary.run_standard_evaluation
         size = {"bs": batch_size, "batch_size": batch_size}
-        found = run(x, y, **known(size, run))
+        found = run(x.contiguous(), y, **known(size, run))  # it reshapes by view
         x_adv = found[0] if isinstance(found, tuple) else found
         return ~attacks.standing(model, x_adv, y, batch_size)
 

@@ -1,0 +1,115 @@
+"""AutoAttack through the library: verdicts of a direct call, journals, nothing disturbed."""
+
+import json
+import sys
+
+import pytest
+import torch
+from conftest import SmallNet
+
+import attacks
+import auto_attack
+import evaluation
+
+pytest.importorskip("pyautoattack", reason="pip install -r requirements-eval.txt")
+EPS, COUNT, BATCH = 3 / 255, 50, 20
+
+
+@pytest.fixture(scope="module")
+def case(fitted):
+    """A network and a few images, not a multiple of the batch."""
+    model, x, y = fitted
+    return model, x[:COUNT].contiguous(), y[:COUNT]
+
+
+def ours(model, x, y, name, **changes):
+    upright = attacks.standing(model, x, y, 100)
+    settings = dict(epsilon=EPS, batch_size=BATCH, seed=3) | changes
+    return auto_attack.attack(model, x, y, upright, name, **settings)
+
+
+def directly(model, x, y, parts):
+    """One call of the library on all images, as its README shows it."""
+    make, title = auto_attack.library()
+    adversary = make(model, norm="Linf", eps=EPS, seed=3, version="standard", device="cpu")
+    adversary.attacks_to_run = list(parts)
+    run = adversary.run_standard_evaluation
+    size = {"batch_size": BATCH} if title.startswith("pyautoattack") else {"bs": BATCH}
+    found = run(x, y, **size)
+    x_adv = found[0] if isinstance(found, tuple) else found
+    assert (x_adv - x).abs().max() <= EPS + 1e-6
+    return attacks.standing(model, x_adv, y, BATCH)
+
+
+@pytest.mark.slow
+def test_the_verdicts_are_those_of_a_direct_call_image_by_image(case):
+    outcome = ours(*case, "autoattack")
+    parts = ("apgd-ce", "apgd-t", "fab-t", "square")
+    assert torch.equal(outcome.standing, directly(*case, parts))
+    assert tuple(outcome.parts) == parts and 0 < outcome.parts["square"] < COUNT
+    assert outcome.library.startswith(("autoattack", "pyautoattack 0."))
+
+
+def test_a_single_part_is_that_part(case):
+    outcome = ours(*case, "apgd-ce")
+    assert torch.equal(outcome.standing, directly(*case, ["apgd-ce"]))
+    assert outcome.passes > 100 * outcome.standing.sum() and outcome.journal is None
+
+
+class Killed(BaseException):
+    """What a kill looks like from inside."""
+
+
+def test_a_killed_run_goes_on_where_it_was(case, tmp_path, monkeypatch):
+    whole = ours(*case, "apgd-ce")
+    real, calls = auto_attack.fallen, []
+
+    def dies_at_the_second(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise Killed
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(auto_attack, "fallen", dies_at_the_second)
+    with pytest.raises(Killed):
+        ours(*case, "apgd-ce", folder=tmp_path)
+    (journal,) = tmp_path.iterdir()
+    assert len(json.loads(journal.read_text())) == 1
+    resumed = ours(*case, "apgd-ce", folder=tmp_path)
+    assert len(calls) == 2 + 2  # three batches: one from the journal, two run
+    assert torch.equal(resumed.standing, whole.standing) and resumed.parts == whole.parts
+    assert resumed.passes == whole.passes and resumed.journal == journal
+    ours(*case, "apgd-ce", folder=tmp_path, seed=4)  # other settings have a journal of their own
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_broken_journal_is_as_good_as_none(tmp_path):
+    (tmp_path / "j").write_text('{"apgd-ce 0": {"fe')
+    assert auto_attack.Journal(tmp_path / "j").batches == {}
+
+
+def test_the_library_disturbs_nothing(case, capsys):
+    _, x, y = case
+    model = SmallNet().train()
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    rng, tracing = torch.get_rng_state(), sys.gettrace()
+    ours(model, x, y, "apgd-ce", batch_size=8)
+    assert torch.equal(torch.get_rng_state(), rng) and sys.gettrace() is tracing
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert model.training and capsys.readouterr().out == ""
+
+
+def test_without_a_library_one_line_says_what_to_install(monkeypatch, case):
+    monkeypatch.setattr(auto_attack, "LIBRARIES", ("no_such_library",))
+    with pytest.raises(ValueError, match=r"pip install -r requirements-eval\.txt"):
+        ours(*case, "autoattack")
+
+
+def test_the_report_has_it_beside_the_others(case):
+    model, x, y = case
+    settings = evaluation.Settings(epsilon=EPS, batch_size=BATCH, seed=3)
+    rows, verdicts, _ = evaluation.evaluate(model, x, y, ["clean", "pgd-5", "apgd-ce"], settings)
+    row = rows[2]
+    assert row["attack"] == "apgd-ce" and row["library"].startswith(auto_attack.LIBRARIES)
+    assert row["standing_after"] == {"apgd-ce": int(verdicts["apgd-ce"].sum())}
+    assert not (verdicts["apgd-ce"] & ~verdicts["clean"]).any()
