@@ -1,0 +1,48 @@
+"""The benchmarks run, and count what they claim; their times are not tested."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, write_archive
+
+import checkpoint
+from models import build_model
+
+
+def run(cwd, name, *words):
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / name, *map(str, words), "--json", "found.json"],
+        cwd=cwd, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout, json.loads((cwd / "found.json").read_text())[0]
+
+
+@pytest.mark.slow
+def test_step_speed_compares_ours_with_both_loops(tmp_path):
+    out, found = run(tmp_path, "step_speed.py", "--width", 8, "--batch-size", 16, "--rounds", 2)
+    names = [row["step"] for row in found["rows"]]
+    assert names[:2] == ["FGSM-RS loop, fp32", "prior-guided loop, fp32"] and len(names) == 4
+    assert found["rows"][0]["x FGSM-RS"] == 1 and found["machine"]["torch"] in out
+
+
+@pytest.mark.slow
+def test_evaluation_gives_the_verdicts_of_the_plain_loop_for_fewer_flops(tmp_path):
+    write_archive(tmp_path, 10)
+    model = build_model("PreActResNet18", num_classes=10, width=8)
+    facts = dict(model="PreActResNet18", width=8, num_classes=10, dataset="cifar10")
+    facts |= dict(mean=(0.5,) * 3, std=(0.25,) * 3, selected="raw", raw=model.state_dict())
+    checkpoint.save(tmp_path / "m.pth", facts)
+    words = ["--model_path", "m.pth", "--data-dir", ".", "--n-examples", 40, "--attack", "pgd-5-3"]
+    out, found = run(tmp_path, "eval_speed.py", *words)
+    assert "verdicts that differ: 0 of 40" in out
+    assert found["rows"][1]["x fewer FLOPs"] > 2.5
+
+
+@pytest.mark.slow
+def test_data_speed_shows_both_pipelines(tmp_path):
+    pytest.importorskip("torchvision")
+    _, found = run(tmp_path, "data_speed.py", "--batch-size", 32, "--rounds", 2)
+    assert [row["images/s"] > 0 for row in found["rows"]] == [True, True]
