@@ -1,5 +1,6 @@
 """The README: every command parses, every flag and file is listed, nothing is invented."""
 
+import importlib.util
 import re
 import shlex
 
@@ -75,3 +76,15 @@ def test_every_link_leads_somewhere():
 
 def test_ci_and_makefile_run_the_same_command():
     assert "make test" in (ROOT / ".ci" / "run").read_text() and "`make test`" in README
+
+
+def test_the_tables_of_results_are_those_of_the_files():
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "results" / "make_tables.py")
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    assert tables.rebuilt(README) == README
+    assert len(tables.short()) > 3 and "| collapse |" in "".join(tables.control())
+    changed = README.replace(
+        "| CIFAR-10 | MIX-KL (defaults) | 6", "| CIFAR-10 | MIX-KL (defaults) | 7"
+    )
+    assert changed != README and tables.rebuilt(changed) == README

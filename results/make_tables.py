@@ -1,0 +1,92 @@
+"""Rebuild the tables of results in the README from the logs and reports beside this file.
+
+    python3 results/make_tables.py
+
+A table stands between the comments ``<!-- table NAME -->`` and ``<!-- end -->``.
+"""
+
+import csv
+import json
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from report import wilson
+
+HERE = Path(__file__).resolve().parent
+README = HERE.parent / "README.md"
+METHODS = {"mix_kl": "MIX-KL (defaults)", "fgsm_rs": "FGSM-RS", "n_fgsm": "N-FGSM"}
+
+
+def log_of(folder: Path) -> list[dict[str, str]]:
+    """Return the rows of a run's log."""
+    with (folder / "log.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def counted(row: dict) -> str:
+    """Return an accuracy with its interval, in percent."""
+    low, high = wilson(row["correct"], row.get("n", row["correct"]))
+    return f"{100 * row['accuracy']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def short() -> list[str]:
+    """Return the table of the runs on all images."""
+    lines = [
+        "| data | method | clean | PGD-20 | PGD-50 | CW-50 | worst case | collapses | minutes |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for data in ("cifar10", "cifar100"):
+        for method, title in METHODS.items():
+            folder = HERE / f"{data}-{method}"
+            if not folder.exists():
+                continue
+            found, rows = json.loads((folder / "report.json").read_text()), log_of(folder)
+            cells = [counted(row) for row in found["attacks"]]
+            cells.append(counted(found["worst_case"] | {"n": found["n"]}))
+            collapses = sum(int(row["collapse"]) for row in rows)
+            minutes = [
+                sum(float(row[f"{part}_seconds"]) for row in rows) / 60
+                for part in ("train", "eval")
+            ]
+            cells += [str(collapses), f"{minutes[0]:.1f} + {minutes[1]:.1f}"]
+            lines.append(
+                f"| {data.upper().replace('CIFAR', 'CIFAR-')} | {title} | {' | '.join(cells)} |"
+            )
+    return lines
+
+
+def control() -> list[str]:
+    """Return the table of the two controls."""
+    lines = [
+        "| epoch | FGSM-RS: clean | FGSM | PGD-10 | announced "
+        "| N-FGSM: clean | FGSM | PGD-10 | announced |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    both = [log_of(HERE / f"control-peak-{method}") for method in ("fgsm_rs", "n_fgsm")]
+    for rows in zip(*both, strict=True):
+        cells = []
+        for row in rows:
+            cells += [
+                f"{100 * float(row[f'{name}_acc']):.1f}" for name in ("clean", "fgsm", "pgd10")
+            ]
+            cells.append("collapse" if row["collapse"] == "1" else "")
+        lines.append(f"| {rows[0]['epoch']} | {' | '.join(cells)} |")
+    return lines
+
+
+def rebuilt(text: str) -> str:
+    """Return the README with its tables made anew."""
+    for name, make in {"short": short, "control": control}.items():
+        table = "\n".join(make())
+        pattern = rf"(<!-- table {name} -->\n).*?(<!-- end -->)"
+        text = re.sub(
+            pattern, lambda m, table=table: f"{m[1]}\n{table}\n\n{m[2]}", text, flags=re.S
+        )
+    return text
+
+
+if __name__ == "__main__":
+    README.write_text(rebuilt(README.read_text()))
