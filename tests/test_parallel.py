@@ -107,7 +107,7 @@ def test_two_processes_train_as_one_does_and_measure_the_same(tmp_path, script):
     assert code == 0, err
     assert script("test_cifar10", *measure)[0] == 0
     reports = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("run-*report*.json"))]
-    assert len(reports) == 2 and out.count("worst case") == 1
+    assert len(reports) == 2 and out.count("worst case, image by image") == 1
     for found in reports:
         for row in found["attacks"]:
             row.pop("seconds")

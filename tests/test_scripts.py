@@ -142,7 +142,7 @@ def test_a_bare_state_dict_measures_as_its_checkpoint_does(tmp_path, script):
         out_dir = tmp_path / f"reports{i}"
         status, _, err = script("test_cifar10", *words, "--out_dir", out_dir, *common)
         assert status == 0, err
-        (path,) = out_dir.iterdir()
+        (path,) = out_dir.glob("*.json")
         reports.append(json.loads(path.read_text()))
     for row in [row for report in reports for row in report["attacks"]]:
         row.pop("seconds")
