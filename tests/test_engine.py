@@ -390,3 +390,37 @@ def test_engine_flags_need_nothing_else(batch):
         SmallNet().train(), None, *batch, lam=LAM, T=2.0, T_a=2.0, attack=attack_of(full), args=args
     )
     assert loss.isfinite()
+
+
+def losses_on_a_gpu(compile_, batch, steps=6):
+    """Loss terms of some steps of the whole method, from the same weights and random state."""
+    x, y = (part.cuda() for part in batch)
+    pixels = (x.permute(0, 2, 3, 1) * 255).byte()
+    batches = data.TrainingBatches(data.Images(pixels, y), len(y))
+    args = flags("--compile", compile_, "--batch-size", "32", "--attack-mode", "train")
+    torch.manual_seed(0)
+    model = build_model("PreActResNet18", num_classes=10, width=8).cuda()
+    step, _ = engine.prepare(model, batches, attack=attack_of(args), args=args)
+    torch.manual_seed(1)
+    index = torch.arange(32, device="cuda")
+    row = torch.tensor([0.05, 2.0, 2.0, 0.7, 0.1], device="cuda")
+    step(index, row)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        terms = [step(index.flip(0), row).clone() for _ in range(steps)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return torch.stack(terms).cpu()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif("not __import__('torch').cuda.is_available()", reason="needs CUDA")
+def test_the_captured_step_is_the_eager_step_and_neither_waits(batch):
+    eager, captured = (losses_on_a_gpu(compile_, batch) for compile_ in ("off", "on"))
+    torch.testing.assert_close(captured, eager, rtol=1e-3, atol=1e-4)
+
+
+def test_a_graph_is_refused_where_there_is_no_gpu(batch):
+    args = flags("--compile", "on", "--batch-size", "32")
+    with pytest.raises(ValueError, match="--compile on: a CUDA graph needs a GPU"):
+        engine.prepare(SmallNet(), Batches(*batch), attack=attack_of(args), args=args)
