@@ -55,13 +55,14 @@ def build(
 
 
 def shares(standing: Tensor, y: Tensor) -> dict[str, object]:
-    """Return number, accuracy in [0, 1], its 95 % interval, and the accuracy of each class."""
+    """Return number, accuracy in [0, 1], its 95 % interval, and that of each class there is."""
     correct, n = int(standing.sum()), len(y)
-    counts = torch.bincount(y).clamp(min=1)
+    counts = torch.bincount(y)
     right = torch.bincount(y, standing.double(), len(counts))
+    by_class = [r / c if c else None for r, c in zip(right.tolist(), counts.tolist(), strict=True)]
     return {
         "n": n, "correct": correct, "accuracy": correct / n, "interval": list(wilson(correct, n)),
-        "per_class": (right / counts).tolist(),
+        "per_class": by_class,
     }  # fmt: skip
 
 
@@ -93,7 +94,7 @@ def table(report: dict[str, object]) -> str:
             f"{row['start']:>9}{_counted(row)}{row['passes']:>12,}{row['seconds']:>9.1f}"
         )
     lines.append(f"{'worst case, image by image':<58}{_counted(report['worst_case'])}")
-    by_class = sorted(report["worst_case"]["per_class"])
+    by_class = sorted(share for share in report["worst_case"]["per_class"] if share is not None)
     lines.append(
         f"worst case of the classes: lowest {by_class[0]:.2%}, median "
         f"{by_class[len(by_class) // 2]:.2%}, highest {by_class[-1]:.2%}"

@@ -79,6 +79,12 @@ def test_an_honest_network_gets_no_warning(fitted):
     assert referee.warnings(model, x, y, measured, False) == []
 
 
+def test_a_few_clean_hits_say_nothing(fitted):
+    model, x, y = fitted
+    right = (model(x).argmax(1) == y).nonzero().squeeze(1)[: checks.ENOUGH - 1]
+    assert warnings_of(Planted(model, before=rounded), x[right], y[right]) == []
+
+
 def test_probing_moves_nothing(fitted):
     model, x, y = fitted
     model = copy.deepcopy(model).train()

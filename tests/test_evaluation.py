@@ -256,6 +256,13 @@ def test_table_and_files_say_the_same(a_report, fitted, tmp_path):
     assert np.array_equal(saved["labels"], y.numpy())
 
 
+def test_a_class_without_images_has_no_accuracy():
+    found = report.shares(torch.tensor([True, False, True]), torch.tensor([0, 0, 2]))
+    assert found["per_class"] == [0.5, None, 1.0]
+    line = report.table({"attacks": [], "worst_case": found}).splitlines()[-1]
+    assert "lowest 50.00%" in line and "highest 100.00%" in line
+
+
 @pytest.mark.parametrize("correct, n, low, high", [
     (0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (81, 263, 0.2553, 0.3662),  # Wilson; Newcombe
 ])  # fmt: skip
