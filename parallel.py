@@ -4,6 +4,7 @@
 each function here asks nothing and changes nothing, so its callers need no second path.
 """
 
+import inspect
 import os
 import signal
 import sys
@@ -109,7 +110,9 @@ def wrapped(model: nn.Module) -> nn.Module:
     """Return a network whose backward pass averages gradients over the processes."""
     if size() == 1:
         return model
-    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    known = inspect.signature(DistributedDataParallel).parameters  # torch 2.15 renamed the flag
+    flag = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, **{flag: False})
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

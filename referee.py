@@ -71,7 +71,7 @@ def measure(
         source: Network on which the attack ``transfer`` makes its images.
 
     Returns:
-        The last report; None in a process that writes nothing.
+        The report at the size nearest to ``--epsilon``; None in a process that writes nothing.
     """
     stem, reports = stem_of(args.model_path), []
     for epsilon in sizes:
@@ -94,7 +94,7 @@ def measure(
         reports.append(measured)
     if len(reports) > 1:
         print(sweep(reports, args.out_dir / f"{stem}-sweep.png"))
-    return reports[-1] if reports else None
+    return min(reports, key=lambda f: abs(255 * f["epsilon"] - args.epsilon), default=None)
 
 
 def stem_of(path: Path) -> str:
