@@ -199,13 +199,14 @@ def transferred(
         raise ValueError("--attacks transfer: name the other checkpoint with --transfer-from")
     began = time.perf_counter()
     starts = uniform_starts(x, settings.epsilon, settings.seed)
-    standing = upright.clone()
-    for index in upright.nonzero().squeeze(1).split(settings.batch_size):
+    standing = upright.long()
+    for index in parallel.share(upright.nonzero().squeeze(1)).split(settings.batch_size):
         images = attacks.pgd(
             settings.source, x[index], y[index], epsilon=settings.epsilon, alpha=STEP,
             steps=attack.steps, start=starts[index.to(starts.device)].to(x.device),
         )  # fmt: skip
-        standing[index] = attacks.standing(model, images, y[index], settings.batch_size)
+        standing[index] = attacks.standing(model, images, y[index], settings.batch_size).long()
+    standing = parallel.minimum_(standing).bool()
     return Outcome(standing, time.perf_counter() - began, int(upright.sum()))
 
 

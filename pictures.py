@@ -33,6 +33,11 @@ def _show(axes, image: Tensor, title: str, label: str = "") -> None:
     axes.set_ylabel(label, fontsize=9)
 
 
+def _stretched(delta: Tensor, epsilon: float) -> Tensor:
+    """Return a perturbation as an image: grey is 0, black and white are -epsilon and epsilon."""
+    return 0.5 + delta / (2 * epsilon)
+
+
 def sweep(rows: dict[str, dict[float, dict[str, object]]], path: Path) -> None:
     """Draw accuracy with its 95 % interval over epsilon.
 
@@ -79,13 +84,8 @@ def images(
         clean = f"{classes[before.indices[i]]}\n{before.values[i]:.0%}"
         fooled = f"{classes[after.indices[i]]}\n{after.values[i]:.0%}"
         _show(axes[0, i], x[i], clean, "clean" * first)
-        stretched = 0.5 + (x_adv[i] - x[i]) / (2 * epsilon)
-        _show(
-            axes[1, i],
-            stretched,
-            "",
-            f"perturbation, grey is 0,\nblack and white ±{255 * epsilon:g}/255" * first,
-        )
+        scale = f"perturbation, grey is 0,\nblack and white ±{255 * epsilon:g}/255"
+        _show(axes[1, i], _stretched(x_adv[i] - x[i], epsilon), "", scale * first)
         _show(axes[2, i], x_adv[i], fooled, "PGD-20" * first)
         wrong = bool(after.indices[i] != y[i])
         axes[2, i].title.set_color("tab:red" if wrong else "black")
@@ -174,11 +174,8 @@ def method(
             shares += f"\n{1 - weight:.0%} {classes[labels[1]]}"
         _show(row[0], mixed[0], shares, name)
         _show(row[1], start[0], "start: ± eps/2")
-        _show(
-            row[2],
-            0.5 + (adv[0] - mixed[0]) / (2 * epsilon),
-            f"perturbation\n±{255 * epsilon:g}/255",
-        )
+        title = f"perturbation\n±{255 * epsilon:g}/255"
+        _show(row[2], _stretched(adv[0] - mixed[0], epsilon), title)
         _show(row[3], adv[0], "adversarial")
         kl = utils.temperature_kl(after[:1], logits[:1], temperature)
         _bars(row[4], logits[0] / temperature, after[0] / temperature, classes,

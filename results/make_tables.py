@@ -28,7 +28,7 @@ def log_of(folder: Path) -> list[dict[str, str]]:
 
 def counted(row: dict) -> str:
     """Return an accuracy with its interval, in percent."""
-    low, high = wilson(row["correct"], row.get("n", row["correct"]))
+    low, high = wilson(row["correct"], row["n"])
     return f"{100 * row['accuracy']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
 

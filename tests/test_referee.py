@@ -119,7 +119,6 @@ def test_a_bare_state_dict_is_normalised_as_the_flag_says(case, script):
     state = {k: v for k, v in network.state_dict().items() if not k.startswith("normalize.")}
     torch.save(state, case / "bare.pth")
     words = ["--model", "PreActResNet18", "--width", "8", "--attacks", "clean", "pgd-1"]
-    shares = []
     for flag in (["--normalize", "dataset"], ["--normalize", "none"]):
         measure(script, case, *words, *flag, file="bare.pth")
     measure(script, case, "--attacks", "clean", "pgd-1")
@@ -127,7 +126,7 @@ def test_a_bare_state_dict_is_normalised_as_the_flag_says(case, script):
     stem = f"{case.name}-bare-report"
     own = verdicts[f"{case.name}-model-report-verdicts.npz"]
     assert np.array_equal(verdicts[f"{stem}-verdicts.npz"], own)
-    assert len(verdicts) == 3, shares
+    assert len(verdicts) == 3
 
 
 @pytest.mark.parametrize("name", ["PreActResNet18", "ResNet18", "WideResNet16-4"])
@@ -148,8 +147,8 @@ def test_the_export_loads_in_a_fresh_process_with_the_same_logits(tmp_path, name
         "assert not {'models', 'engine', 'utils'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
-    threads = torch.load(tmp_path / "z.pt")
-    torch.testing.assert_close(threads, network(x).detach(), rtol=0, atol=0)
+    logits = torch.load(tmp_path / "z.pt")
+    torch.testing.assert_close(logits, network(x).detach(), rtol=0, atol=0)
     claim = json.loads((folder / "claim.json").read_text())
     assert (claim["clean_acc"], claim["autoattack_acc"], claim["eps"]) == (50.0, 25.0, "8/255")
     with pytest.raises(FileExistsError):
