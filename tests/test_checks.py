@@ -1,12 +1,17 @@
 """Planted mistakes: each gets the warning that is meant for it, an honest network gets none."""
 
 import copy
+import re
+from argparse import Namespace
+from contextlib import nullcontext
 
 import pytest
 import torch
+from conftest import SmallNet
 from torch import nn
 from torch.nn import functional as F
 
+import checkpoint
 import checks
 import evaluation
 import referee
@@ -42,7 +47,7 @@ def nan_where_perturbed(known):
 MISTAKES = {
     "softmax output": (dict(after=lambda z: z.softmax(1)), "look like probabilities"),
     "logits x 30": (dict(after=lambda z: 30 * z), "are multiplied by 0.1"),
-    "logits x 0.02": (dict(after=lambda z: 0.02 * z), "are multiplied by 10"),
+    "logits x 0.2": (dict(after=lambda z: 0.2 * z), "are multiplied by 10"),
     "dropout left on": (dict(after=lambda z: F.dropout(z, 0.3)), "identical forward passes differ"),
     "normalised twice": (dict(before=lambda x: (x - 0.5) / 0.25), "far below the 9"),
     "constant output": (dict(after=lambda z: 0 * z), "is chance"),
@@ -60,6 +65,41 @@ def test_a_planted_mistake_gets_the_warning_meant_for_it(name, fitted):
     changes, message = MISTAKES[name]
     found = warnings_of(Planted(model, **changes), x[:256], y[:256])
     assert any(message in text.replace("logits are\n", "logits are ") for text in found), found
+
+
+def broken_weight(content):
+    content["raw"]["linear.bias"][3] = float("nan")
+
+
+def another_dataset(content):
+    content.update(num_classes=100, dataset="cifar100")
+
+
+REFUSED = {
+    "NaN weights": (broken_weight, "model.pth: linear.bias is not finite"),
+    "wrong class count": (another_dataset, "model.pth: trained on cifar100 (100 classes); use"),
+}
+
+
+@pytest.mark.parametrize("name", [None, *REFUSED])
+def test_what_cannot_be_measured_is_refused(name, fitted, tmp_path):
+    """The file as it is, which is opened, and with each mistake planted, which is not."""
+    content = {
+        "schema": checkpoint.SCHEMA, "model": "small", "num_classes": 10, "dataset": "cifar10",
+        "width": None, "mean": (0.5,) * 3, "std": (0.25,) * 3, "selected": "raw",
+        "raw": copy.deepcopy(fitted[0].state_dict()),
+    }  # fmt: skip
+    plant, message = REFUSED.get(name, (lambda content: None, ""))
+    plant(content)
+    torch.save(content, tmp_path / "model.pth")
+    refusal = pytest.raises(ValueError, match=re.escape(message)) if name else nullcontext()
+    with refusal:
+        model, _, _ = referee.open_network(
+            tmp_path / "model.pth", lambda *_, **__: SmallNet(),
+            Namespace(model=None, width=None, normalize="none", weights=None),
+            classes=10, mean=(0.5,) * 3, std=(0.25,) * 3,
+        )  # fmt: skip
+        assert torch.equal(model(fitted[1][:8]), fitted[0](fitted[1][:8]))
 
 
 def test_logits_that_break_where_perturbed_are_seen(fitted):
