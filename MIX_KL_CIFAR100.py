@@ -18,6 +18,7 @@ import evaluation
 import options
 import parallel
 import record
+import resume
 import utils
 from models import build_model, canonical_name
 
@@ -76,14 +77,16 @@ def run(args: argparse.Namespace, name: str, device: torch.device) -> None:
     measure = partial(evaluation.accuracies, x=x, y=y, names=names, settings=settings)
 
     default = f"{dataset.name}-{args.method}-seed{args.seed}"
-    folder = None if parallel.rank() else record.start_run(args, default)
+    state = resume.find(args, default)
+    folder = None if parallel.rank() else record.start_run(args, default, state)
     facts = checkpoint.facts(args, dataset.name, name, network)
     machine = f"{args.processes} x {device.type}, {args.dtype}"
     print(f"{args.method} on {len(batches.labels):,} images of {dataset.name} ({dataset.origin}), "
           f"{name}, {machine}; results in {folder}")  # fmt: skip
     engine.train(
-        model, batches, attack=attack, measure=measure, args=args, facts=facts, folder=folder
-    )
+        model, batches, attack=attack, measure=measure, args=args, facts=facts, folder=folder,
+        state=state,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

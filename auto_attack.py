@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import attacks
+import files
 import parallel
 
 LIBRARIES = ("autoattack", "pyautoattack")  # the authors' own first
@@ -124,9 +125,7 @@ class Journal:
         """Add one batch and write the file at once or not at all."""
         self.batches[key] = entry
         if self.path:
-            partial = self.path.with_name(self.path.name + ".partial")
-            partial.write_text(json.dumps(self.batches))
-            os.replace(partial, self.path)
+            files.write_text(self.path, json.dumps(self.batches))
 
 
 def attack(

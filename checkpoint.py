@@ -1,7 +1,6 @@
 """Model files that are whole, safe to open, and say what they hold."""
 
 import hashlib
-import os
 import platform
 import subprocess
 import zipfile
@@ -11,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+import files
+
 SCHEMA = "mix-kl/1"
 PREFIXES = ("module.", "_orig_mod.")  # DataParallel and torch.compile put these before every key
 NESTED = ("state_dict", "model_state_dict", "model", "net")  # where public files keep a state dict
@@ -18,19 +19,14 @@ UNUSED = "sub_block1."  # layers of the common WideResNet code that its forward 
 
 
 def save(path: Path, content: dict[str, object]) -> None:
-    """Write a checkpoint at once or not at all: a temporary file, flushed, then renamed.
+    """Write a checkpoint whole or not at all.
 
     Args:
         path: The file; replaced where it exists.
         content: Tensors and plain types, among them ``model``, ``num_classes``, ``dataset``, a
             state dict ``raw`` and perhaps ``ema``, and ``selected``, the one to measure.
     """
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        torch.save({"schema": SCHEMA} | content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    files.write(path, lambda file: torch.save({"schema": SCHEMA} | content, file))
 
 
 def load(path: Path) -> dict[str, object]:

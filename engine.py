@@ -1,9 +1,9 @@
 """The method, and the loop around it. Knows no dataset and no attack: both come as arguments."""
 
-import math
 import time
 from argparse import Namespace
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import graph
+import keeper
 import parallel
 import record
+import resume
 import utils
 
 # (model, images, loss of the logits) -> adversarial images and the detached logits of the start
@@ -89,6 +91,7 @@ def whole_step(
     average: utils.WeightAverage | None,
     optimizer: torch.optim.Optimizer,
     load: Callable[[Tensor], tuple[Tensor, Tensor]],
+    scaler: torch.amp.GradScaler,
     *,
     attack: Attack,
     args: Namespace,
@@ -98,8 +101,6 @@ def whole_step(
     Nothing in the step waits for the device, so that a CUDA graph can hold it.
     """
     (group,) = optimizer.param_groups
-    half = args.dtype == torch.float16  # of small range: the loss is scaled to keep gradients in it
-    scaler = torch.amp.GradScaler(group["lr"].device.type, enabled=half)
 
     def step(index: Tensor, row: Tensor) -> Tensor:
         lr, T, T_a, lam, pull = row.unbind()
@@ -142,33 +143,32 @@ def plan(
 
 
 def train_one_epoch(
-    step: Callable[[Tensor, Tensor], Tensor], batches, epoch: int, args: Namespace
+    step: Callable[[Tensor, Tensor], Tensor],
+    batches,
+    progress: resume.Progress,
+    args: Namespace,
+    after_step: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """Train over all batches once and return the row of means for the log.
-
-    Raises:
-        ValueError: The loss is not finite.
-    """
-    started, sums = time.perf_counter(), 0
+    """Train over what is left of an epoch and return the row of means for the log."""
+    started, epoch = time.perf_counter() - progress.seconds, progress.epoch
     rng = np.random.default_rng([args.seed, epoch])
     rows = plan(args, epoch, len(batches), rng)
     order = batches.shuffled(rng)
-    on_device = torch.tensor(rows, device=order.device)
+    on_device = torch.tensor(rows, device=order.device)[progress.step :]
     bar = tqdm(
         on_device, f"epoch {epoch}/{args.epochs}", leave=False, unit="batch",
         disable=True if parallel.rank() else None,
     )  # fmt: skip
-    for index, row in zip(order, bar, strict=True):
-        sums = sums + step(parallel.share(index), row)
-    means = sums / len(batches)
+    for index, row in zip(order[progress.step :], bar, strict=True):
+        progress.sums = progress.sums + step(parallel.share(index), row)
+        progress.step, progress.seconds = progress.step + 1, time.perf_counter() - started
+        after_step()
+    means = progress.sums / len(batches)
     parallel.average_([means])
     loss, hard, kl = means.tolist()
-    if not math.isfinite(loss):
-        raise ValueError(f"epoch {epoch}: the loss is {loss}; try a smaller --lr or --kl-weight")
-    seconds = time.perf_counter() - started
     return {
-        "epoch": epoch, "lr": rows[-1][0], "temperature": rows[-1][1],
-        "loss": loss, "hard_loss": hard, "kl": kl, "train_seconds": seconds,
+        "epoch": epoch, "lr": rows[-1][0], "temperature": rows[-1][1], "loss": loss,
+        "hard_loss": hard, "kl": kl, "train_seconds": time.perf_counter() - started,
     }  # fmt: skip
 
 
@@ -185,8 +185,8 @@ def accuracies(
 
 def prepare(
     model: nn.Module, batches, *, attack: Attack, args: Namespace
-) -> tuple[Callable[[Tensor, Tensor], Tensor], utils.WeightAverage | None]:
-    """Return the training step of ``model``, captured where ``--compile`` says so, and the average.
+) -> tuple[Callable[[Tensor, Tensor], Tensor], resume.Parts]:
+    """Return the training step of ``model``, captured where ``--compile`` says so, and its parts.
 
     Raises:
         ValueError: ``--batch-size`` cannot be shared, or ``--compile`` asks for what is not there.
@@ -207,14 +207,16 @@ def prepare(
     )  # fmt: skip
     for parameter in model.parameters():
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    step = whole_step(replica, average, optimizer, batches.load, attack=attack, args=args)
+    half = args.dtype == torch.float16  # of small range: the loss is scaled to keep gradients in it
+    scaler = torch.amp.GradScaler(device.type, enabled=half)
+    step = whole_step(replica, average, optimizer, batches.load, scaler, attack=attack, args=args)
+    parts, untouched = resume.Parts(model, average, optimizer, scaler), scaler.state_dict()
     model.train()
     if alone_on_gpu and args.compile != "off":
-        state = [*model.state_dict().values(), *(average.tensors if average else [])]
-        state += [values["momentum_buffer"] for values in optimizer.state.values()]
         example = torch.arange(args.batch_size, device=device), torch.ones(5, device=device)
-        step = graph.captured(step, example, state)
-    return step, average
+        step = graph.captured(step, example, parts.tensors())
+        scaler.load_state_dict(untouched)
+    return step, parts
 
 
 def train(
@@ -226,6 +228,7 @@ def train(
     args: Namespace,
     facts: dict[str, object],
     folder: Path | None,
+    state: Path | None = None,
 ) -> None:
     """Train ``model`` and leave log, curves and checkpoints in ``folder``.
 
@@ -239,22 +242,38 @@ def train(
         args: All flags.
         facts: What a checkpoint says of itself besides weights: architecture, dataset, flags.
         folder: Existing folder of this run; None in a process that writes nothing.
+        state: File that the run goes on from; None for a fresh start.
+
+    Raises:
+        keeper.DivergedError: Loss or weights are not finite any more.
+        SystemExit: A signal told the run to stop; its state is saved.
     """
-    step, average = prepare(model, batches, attack=attack, args=args)
-    rows, best = [], -1.0
-    for epoch in range(1, args.epochs + 1):
-        row = train_one_epoch(step, batches, epoch, args)
-        parallel.average_(utils.statistics(model) + utils.statistics(average and average.model))
-        row |= accuracies(model, average, measure)
-        rows.append(row)
-        row["collapse"] = int(record.collapsed(rows))
-        score = max(row["pgd10_acc"], row.get("ema_pgd10_acc", -1))
-        if folder:
-            record.epoch(
-                folder, rows, model, average and average.model, facts, is_best=score > best
-            )
-        best = max(best, score)
-        print(record.line(row, args.epochs), flush=True)
-        if row["collapse"] and args.early_stop:
-            print(f"stopped after epoch {epoch}: --early-stop, and the run has collapsed")
-            break
+    step, parts = prepare(model, batches, attack=attack, args=args)
+    progress, average = resume.Progress(), parts.average
+    if state:
+        progress = resume.restored(state, parts, args)
+    watch = keeper.Keeper(folder, parts, progress, args, len(batches))
+    with watch.listening():
+        while progress.epoch <= args.epochs:
+            row = train_one_epoch(step, batches, progress, args, watch.after_step)
+            parallel.average_(parts.statistics())
+            row |= accuracies(model, average, measure)
+            progress.rows.append(row)
+            row["collapse"] = int(record.collapsed(progress.rows))
+            score = max(row["pgd10_acc"], row.get("ema_pgd10_acc", -1))
+            watch.check()
+            if folder:
+                watch.attempt(partial(
+                    record.epoch, folder, progress.rows, model, average and average.model, facts,
+                    is_best=score > progress.best,
+                ))  # fmt: skip
+            progress.best = max(progress.best, score)
+            print(record.line(row, args.epochs), flush=True)
+            progress.next_epoch()
+            watch.after_epoch()
+            if row["collapse"] and args.early_stop:
+                print(
+                    f"stopped after epoch {row['epoch']}: --early-stop, and the run has collapsed"
+                )
+                break
+    watch.close()

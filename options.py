@@ -175,6 +175,12 @@ def add_run(parser: Parser) -> None:
         "for the log and to choose the best epoch (default %(default)s)")
     add("--train-images", type=count(2), metavar="N", help="train on N images (default: all)")
     add("--early-stop", action="store_true", help="stop when the run collapses")
+    add("--resume", nargs="?", const="auto", metavar="PATH", help="go on from the newest whole "
+        "state of this run, or start it where there is none; or from the state at PATH")
+    add("--allow-changed", action="store_true",
+        help="go on although flags that change the mathematics have changed")
+    add("--save-every", type=number(0), default=15.0, metavar="MINUTES",
+        help="save the state within an epoch as well (default %(default)g)")
     add("--lamda", type=float, help=argparse.SUPPRESS)
     add("--EMA-value", type=float, dest="ema_value", help=argparse.SUPPRESS)
 
@@ -274,7 +280,7 @@ def parse_measuring(argv: list[str], doc: str) -> argparse.Namespace:
 
 
 def run(main: Callable[[list[str]], None]) -> None:
-    """Call ``main`` with the command line; what the user can mend is one line and exit status 2."""
+    """Call ``main``; what the user can mend is one line and exit status 2, or the error's own."""
     argv = sys.argv[1:]
     try:
         main(argv)
@@ -282,7 +288,7 @@ def run(main: Callable[[list[str]], None]) -> None:
         if "--debug" in argv:
             raise
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(getattr(error, "exit_code", 2))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

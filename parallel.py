@@ -142,6 +142,23 @@ def minimum_(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def maxima(*numbers: int) -> list[int]:
+    """Return the largest of each number over the processes."""
+    if size() == 1:
+        return list(numbers)
+    tensor = torch.tensor(numbers, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return tensor.tolist()
+
+
+def gathered(item: object) -> list[object]:
+    """Return what each process gives, in the order of their ranks."""
+    found = [item] * size()
+    if size() > 1:
+        dist.all_gather_object(found, item)
+    return found
+
+
 def total(number: int) -> int:
     """Return the sum of a number over the processes."""
     if size() == 1:

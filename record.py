@@ -1,6 +1,7 @@
 """What a run leaves behind: folder, log, curves, checkpoints, and the verdict on a collapse."""
 
 import csv
+import io
 import json
 from argparse import Namespace
 from pathlib import Path
@@ -8,24 +9,31 @@ from pathlib import Path
 from torch import nn
 
 import checkpoint
+import files
 import plots
 
 COLLAPSE_FLOOR = 0.05  # a fall of fewer points than this is noise on 1,000 images
 
 
-def start_run(args: Namespace, default: str) -> Path:
+def start_run(args: Namespace, default: str, state: Path | None) -> Path:
     """Create the folder of a run, write its ``args.json``, and return it.
 
     Args:
         args: All flags of the run.
         default: Name of the folder where ``--run-name`` gives none.
+        state: The state file that the run goes on from, in its folder; None for a fresh start.
 
     Raises:
         ValueError: The name that the user gave is taken.
     """
-    folder = run_folder(args.out_dir, args.run_name, default, args.overwrite)
+    folder = args.run_name and args.out_dir / args.run_name
+    unborn = args.resume and folder and not (folder / "final_model.pth").exists()
+    folder = (
+        state.parent if state else
+        run_folder(args.out_dir, args.run_name, default, args.overwrite or bool(unborn))
+    )  # fmt: skip
     text = json.dumps(checkpoint.plain(args) | {"commit": checkpoint.commit()}, indent=2)
-    (folder / "args.json").write_text(text + "\n")
+    files.write_text(folder / "args.json", text + "\n")
     return folder
 
 
@@ -52,7 +60,8 @@ def run_folder(out_dir: Path, name: str | None, default: str, overwrite: bool) -
                     f"{out_dir / name}: exists; choose another --run-name, or add --overwrite"
                 ) from None
             continue
-        (out_dir / stem / "log.csv").unlink(missing_ok=True)
+        for file in ("log.csv", "state.pth", "state.pth.prev"):  # of the run that is replaced
+            (out_dir / stem / file).unlink(missing_ok=True)
         return out_dir / stem
     raise ValueError(f"{out_dir}: too many runs")
 
@@ -88,14 +97,13 @@ def line(row: dict[str, float], epochs: int) -> str:
     return text + ("  COLLAPSE: catastrophic overfitting" if row["collapse"] else "")
 
 
-def append_row(path: Path, row: dict[str, float]) -> None:
-    """Add one epoch to the CSV log, with a header where it is the first."""
-    first = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, row.keys())
-        if first:
-            writer.writeheader()
-        writer.writerow(row)
+def write_log(path: Path, rows: list[dict[str, float]]) -> None:
+    """Write all epochs to the CSV log, so that rows of a run that was cut short do not stay."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, rows[0].keys())
+    writer.writeheader()
+    writer.writerows(rows)
+    files.write_text(path, text.getvalue())
 
 
 def epoch(
@@ -107,9 +115,9 @@ def epoch(
     *,
     is_best: bool,
 ) -> None:
-    """Add the last epoch to log and curves, and save it as the final and perhaps as the best."""
+    """Write log and curves, and save the last epoch as the final and perhaps as the best."""
     row = rows[-1]
-    append_row(folder / "log.csv", row)
+    write_log(folder / "log.csv", rows)
     plots.curves(rows, folder / "curves.png")
     selected = "ema" if row.get("ema_pgd10_acc", -1) >= row["pgd10_acc"] else "raw"
     saved = facts | {"epoch": row["epoch"], "metrics": row, "raw": model.state_dict()}

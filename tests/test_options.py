@@ -10,12 +10,12 @@ from conftest import ROOT
 
 import options
 
-TRAINING = """alpha attack_mode attack_steps attack_target attack_temperature baseline batch_size
-compile data_dir debug
+TRAINING = """allow_changed alpha attack_mode attack_steps attack_target attack_temperature baseline
+batch_size compile data_dir debug
 delta_init device early_stop ema_decay ema_value epochs epsilon factor hard_term held_out help
 kl_gradient kl_reference kl_weight label_smoothing lamda lr lr_min lr_peak lr_schedule mixup_alpha
-model momentum out_dir overwrite precision run_name seed synthetic temperature train_images
-weight_decay width"""
+model momentum out_dir overwrite precision resume run_name save_every seed synthetic
+temperature train_images weight_decay width"""
 MEASURING = """attacks batch_size cascade compare data_dir debug device eps epsilon export help
 model model_path n_examples normalize out_dir pictures seed synthetic transfer_from weights width"""
 PUBLISHED = """--batch-size 128 --data-dir d --epochs 110 --lr-schedule cyclic --lr-min 0.0

@@ -33,7 +33,8 @@ def test_the_four_commands_run_on_files_of_the_official_layout(tmp_path, num_cla
     assert code == 0, err
     run = tmp_path / "output" / f"cifar{num_classes}-mix_kl-seed0"
     assert {p.name for p in run.iterdir()} == {
-        "args.json", "log.csv", "curves.png", "best_model.pth", "final_model.pth",
+        "args.json", "log.csv", "curves.png", "best_model.pth", "final_model.pth", "state.pth",
+        "state.pth.prev",
     }  # fmt: skip
     assert "warning:" in out and "400 training and 40 test images" in out
     assert sum(line.startswith("epoch") for line in out.splitlines()) == 2

@@ -1,0 +1,211 @@
+"""A run that goes on after an interruption as if nothing had happened.
+
+The whole state of a run lies in ``state.pth`` in its folder: weights, average, momentum, scaler of
+the loss, how far the run is, and of every process its random states and batch norm statistics. What
+an epoch draws besides (order, lam) depends on seed and epoch alone.
+"""
+
+import random
+import re
+import zipfile
+from argparse import Namespace
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import checkpoint
+import files
+import parallel
+import utils
+
+SCHEMA = "mix-kl-state/1"
+NAME = "state.pth"
+# Flags that leave the mathematics alone; all others must be as they were.
+FREE = {
+    "allow_changed", "compile", "data_dir", "debug", "device", "early_stop", "out_dir", "overwrite",
+    "resume", "run_name", "save_every",
+}  # fmt: skip
+
+
+@dataclass
+class Parts:
+    """Everything that a training step changes."""
+
+    model: nn.Module
+    average: utils.WeightAverage | None
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+
+    def tensors(self) -> list[Tensor]:
+        """Return weights, average and momentum."""
+        kept = [*self.model.state_dict().values(), *(self.average.tensors if self.average else [])]
+        return kept + self.momentum()
+
+    def momentum(self) -> list[Tensor]:
+        """Return the momentum of each parameter."""
+        return [state["momentum_buffer"] for state in self.optimizer.state.values()]
+
+    def statistics(self) -> list[Tensor]:
+        """Return batch norm statistics, which differ from process to process within an epoch."""
+        average = self.average and self.average.model
+        return utils.statistics(self.model) + utils.statistics(average)
+
+
+@dataclass
+class Progress:
+    """How far a run is."""
+
+    epoch: int = 1  # the one under way
+    step: int = 0  # steps done of it
+    sums: Tensor | int = 0  # of the loss terms over these steps
+    seconds: float = 0.0  # spent in them
+    best: float = -1.0  # highest held-out PGD-10 accuracy, raw or averaged
+    rows: list[dict[str, float]] = field(default_factory=list)  # of the log
+
+    def next_epoch(self) -> None:
+        """Begin the next epoch."""
+        self.epoch, self.step, self.sums, self.seconds = self.epoch + 1, 0, 0, 0.0
+
+
+# ------------------------------------------------------------------------------------ states, files
+
+
+def taken(parts: Parts, progress: Progress, args: Namespace) -> dict[str, object]:
+    """Return the whole state of a run as tensors and plain types; all processes must call this."""
+    kind, numbers, *rest = np.random.get_state()
+    mine = {
+        "torch": torch.get_rng_state(), "python": random.getstate(),
+        "numpy": (kind, numbers.tolist(), *rest),
+        "statistics": [tensor.cpu() for tensor in parts.statistics()],
+        "sums": progress.sums.cpu() if isinstance(progress.sums, Tensor) else 0,
+    }  # fmt: skip
+    device = next(parts.model.parameters()).device
+    if device.type == "cuda":
+        mine["cuda"] = torch.cuda.get_rng_state(device)
+    return {
+        "schema": SCHEMA, "args": checkpoint.plain(args), "commit": checkpoint.commit(),
+        "raw": parts.model.state_dict(), "momentum": parts.momentum(),
+        "ema": parts.average.model.state_dict() if parts.average else None,
+        "scaler": parts.scaler.state_dict(),
+        "progress": vars(progress) | {"sums": 0}, "processes": parallel.gathered(mine),
+    }  # fmt: skip
+
+
+def put_back(state: dict[str, object], parts: Parts) -> Progress:
+    """Bring model, average, optimizer and random states to what ``taken`` saw; return how far."""
+    device = next(parts.model.parameters()).device
+    parts.model.load_state_dict(state["raw"])
+    if parts.average:
+        parts.average.model.load_state_dict(state["ema"])
+    parts.scaler.load_state_dict(state["scaler"])
+    progress = Progress(**state["progress"])
+    with torch.no_grad():
+        for mine, kept in zip(parts.momentum(), state["momentum"], strict=True):
+            mine.copy_(kept)
+        if parallel.rank() < len(state["processes"]):
+            process = state["processes"][parallel.rank()]
+            for mine, kept in zip(parts.statistics(), process["statistics"], strict=True):
+                mine.copy_(kept)
+            torch.set_rng_state(process["torch"])
+            random.setstate(process["python"])
+            np.random.set_state(process["numpy"])
+            if device.type == "cuda" and "cuda" in process:
+                torch.cuda.set_rng_state(process["cuda"], device)
+            sums = process["sums"]
+            progress.sums = sums.to(device) if isinstance(sums, Tensor) else sums
+    return progress
+
+
+def load(path: Path) -> dict[str, object]:
+    """Return the state in a file, or in the one before it where that is damaged.
+
+    Raises:
+        ValueError: Neither is whole.
+    """
+    faults = []
+    for file in (path, files.previous(path)):
+        try:
+            if zipfile.ZipFile(file).testzip():
+                raise ValueError("its checksums do not agree")
+            state = torch.load(file, map_location="cpu", weights_only=True)
+            if state["schema"] != SCHEMA:
+                raise ValueError(f"of another version, {state['schema']}")
+        except Exception as error:  # a damaged file can raise anything
+            faults.append(f"{file}: {(str(error) or type(error).__name__).splitlines()[0][:100]}")
+            continue
+        if faults:
+            print(f"warning: {faults[0]}: going on from {file.name}, which is older")
+        return state
+    raise ValueError(f"--resume: no whole state ({'; '.join(faults)})")
+
+
+def find(args: Namespace, default: str) -> Path | None:
+    """Return the state file that ``--resume`` means, None for a fresh start.
+
+    Args:
+        args: Flags; ``resume`` is None, ``auto``, a folder or a file.
+        default: Name of the run where ``--run-name`` gives none; it may have been numbered.
+
+    Raises:
+        ValueError: There is no such file.
+    """
+    if args.resume is None:
+        return None
+    if args.resume != "auto":
+        path = Path(args.resume)
+        path = path / NAME if path.is_dir() else path
+        if not (path.exists() or files.previous(path).exists()):
+            raise ValueError(
+                f"--resume {args.resume}: no such state; leave the value out to find it"
+            )
+        return path
+    if args.run_name:
+        folders = [args.out_dir / args.run_name]
+    else:
+        numbered = re.compile(re.escape(default) + r"(?:-(\d+))?")
+        known = {p: numbered.fullmatch(p.name) for p in args.out_dir.glob(f"{default}*")}
+        known = {path: int(match[1] or 1) for path, match in known.items() if match}
+        folders = sorted(known, key=known.get, reverse=True)
+    states = [folder / NAME for folder in folders]
+    return next((p for p in states if p.exists() or files.previous(p).exists()), None)
+
+
+def check_flags(state: dict[str, object], args: Namespace) -> None:
+    """Print which flags changed since a state was saved.
+
+    Raises:
+        ValueError: One of them changes the mathematics, and ``--allow-changed`` is not given.
+    """
+    before, now = state["args"], checkpoint.plain(args)
+    changed = {key: (before.get(key), value) for key, value in now.items() if key not in FREE}
+    changed = {key: pair for key, pair in changed.items() if pair[0] != pair[1]}
+    text = ", ".join(f"--{k.replace('_', '-')} {a} -> {b}" for k, (a, b) in changed.items())
+    if changed and not args.allow_changed:
+        raise ValueError(
+            f"--resume: flags that change the run: {text}; give them as before, or --allow-changed"
+        )
+    if changed:
+        print(f"note: changed since the state was saved: {text}")
+
+
+def restored(path: Path, parts: Parts, args: Namespace) -> Progress:
+    """Bring a run to where the state in a file left it, and say so.
+
+    Raises:
+        ValueError: The file is damaged, its flags are others, or its network is another.
+    """
+    state = load(path)
+    check_flags(state, args)
+    try:
+        progress = put_back(state, parts)
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise ValueError(f"{path}: the state of another run ({reason})") from error
+    where = f"epoch {progress.epoch}, after {progress.step} steps of it"
+    if progress.epoch > args.epochs:
+        where = f"the end: all {args.epochs} epochs are done"
+    print(f"resumed from {path} at {where}", flush=True)
+    return progress

@@ -1,0 +1,198 @@
+"""Runs that are killed at random moments end as the uninterrupted run does."""
+
+import csv
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, write_archive
+
+import checkpoint
+import files
+import keeper
+import resume
+
+TINY = ["--width", "8", "--epochs", "3", "--batch-size", "20", "--held-out", "20"]
+TINY += ["--save-every", "0", "--train-images", "200", "--precision", "fp32"]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def command(data_dir, out_dir, name, *more):
+    words = ["--data-dir", data_dir, "--out_dir", out_dir, *TINY, "--run-name", name, *more]
+    return [ROOT / "MIX_KL_CIFAR10.py", *words]
+
+
+def start(words, launcher=()):
+    """Start a run in a process group of its own."""
+    environ = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, *launcher, *map(str, words)], env=environ, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+
+
+def finish(words, launcher=()):
+    process = start(words, launcher)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, out + err
+    return out
+
+
+def log(folder):
+    with (folder / "log.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    return [{k: v for k, v in row.items() if not k.endswith("seconds")} for row in rows]
+
+
+def assert_same_run(one, other):
+    assert log(one) == log(other) and len(log(one)) == 3
+    for name in ("final_model.pth", "best_model.pth"):
+        first, second = (checkpoint.load(folder / name) for folder in (one, other))
+        assert first["epoch"] == second["epoch"] and first["selected"] == second["selected"]
+        for weights in ("raw", "ema"):
+            assert first[weights].keys() == second[weights].keys()
+            for key, value in first[weights].items():
+                assert torch.equal(value, second[weights][key]), (name, weights, key)
+    momenta = [resume.load(folder / resume.NAME)["momentum"] for folder in (one, other)]
+    assert all(map(torch.equal, *momenta))
+
+
+def kill_at_random(words, launcher, rng, folder):
+    """Kill a run and all its processes: a moment after it starts to save, or at any moment."""
+    process, before = start(words, launcher), time.time()
+    if rng.random() < 0.5:  # within a save: its partial file is there for some milliseconds
+        while process.poll() is None and not list(folder.glob("*.partial")):
+            time.sleep(0.0005)
+    else:
+        while process.poll() is None and not (folder / resume.NAME).exists():
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 6))
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    return time.time() - before
+
+
+@pytest.mark.parametrize(
+    "kills, launcher",
+    [
+        pytest.param(2, [], id="short"),
+        pytest.param(14, [], id="long", marks=[pytest.mark.slow, pytest.mark.exhaustive]),
+        pytest.param(
+            6, TORCHRUN, id="two-processes", marks=[pytest.mark.slow, pytest.mark.exhaustive]
+        ),
+    ],
+)
+def test_a_run_killed_at_random_ends_as_if_nothing_had_happened(tmp_path, kills, launcher):
+    data_dir, rng = write_archive(tmp_path, 10), random.Random(0)
+    finish(command(data_dir, tmp_path, "whole"), launcher)
+    words = command(data_dir, tmp_path, "killed", "--resume")
+    for _ in range(kills):
+        kill_at_random(words, launcher, rng, tmp_path / "killed")
+    finish(words, launcher)
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    assert "all 3 epochs are done" in finish(words, launcher)
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.parametrize("number", keeper.SIGNALS)
+def test_a_signal_saves_and_says_how_to_go_on(tmp_path, number):
+    data_dir = write_archive(tmp_path, 10)
+    process = start(command(data_dir, tmp_path, "run", "--epochs", "500", "--save-every", "60"))
+    while not (tmp_path / "run" / resume.NAME).exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (128 + number, "")
+    stopped = re.search(
+        r"(SIG\w+): stopped in epoch (\d+) after (\d+) of 10 steps; .*--resume", out
+    )
+    assert stopped and stopped[1] == signal.Signals(number).name
+    progress = resume.load(tmp_path / "run" / resume.NAME)["progress"]
+    assert (progress["epoch"], progress["step"]) == (int(stopped[2]), int(stopped[3]))
+
+
+@pytest.fixture
+def stopped(tmp_path, script):
+    """A run of one epoch of three, and the words that go on with it."""
+    data_dir = write_archive(tmp_path, 10)
+    words = command(data_dir, tmp_path, "run")[1:]
+    assert script("MIX_KL_CIFAR10", *words, "--epochs", "1")[0] == 0
+    return tmp_path / "run", [*words, "--resume"]
+
+
+def test_changed_flags_are_refused_and_listed(stopped, script):
+    folder, words = stopped
+    before = (folder / resume.NAME).read_bytes()
+    status, _, err = script("MIX_KL_CIFAR10", *words, "--lr", "0.3")
+    assert (status, len(err.splitlines())) == (2, 1)
+    assert "--epochs 1 -> 3" in err and "--lr 0.1 -> 0.3" in err and "--allow-changed" in err
+    assert (folder / resume.NAME).read_bytes() == before
+    status, out, err = script("MIX_KL_CIFAR10", *words, "--lr", "0.3", "--allow-changed")
+    assert status == 0, err
+    assert "note: changed since the state was saved" in out and len(log(folder)) == 3
+
+
+def test_another_network_is_refused(stopped, script):
+    _, words = stopped
+    status, _, err = script("MIX_KL_CIFAR10", *words, "--width", "16", "--allow-changed")
+    assert (status, len(err.splitlines())) == (2, 1) and "the state of another run" in err
+
+
+def test_a_damaged_state_gives_way_to_the_one_before_it(stopped, script):
+    folder, words = stopped
+    path = folder / resume.NAME
+    path.write_bytes(path.read_bytes()[:-100])
+    status, out, err = script("MIX_KL_CIFAR10", *words, "--epochs", "1")
+    assert status == 0, err
+    assert "going on from state.pth.prev, which is older" in out
+    for file in (path, files.previous(path)):
+        file.write_bytes(b"nothing")
+    status, _, err = script("MIX_KL_CIFAR10", *words, "--epochs", "1")
+    assert (status, len(err.splitlines())) == (2, 1) and "no whole state" in err
+
+
+def test_a_missing_path_is_an_error_and_a_missing_state_a_fresh_start(tmp_path, script):
+    words = command(write_archive(tmp_path, 10), tmp_path, "new", "--epochs", "1")[1:]
+    status, _, err = script("MIX_KL_CIFAR10", *words, "--resume", tmp_path / "none")
+    assert (status, len(err.splitlines())) == (2, 1) and "no such state" in err
+    assert not (tmp_path / "new").exists()
+    assert script("MIX_KL_CIFAR10", *words, "--resume")[0] == 0
+
+
+def test_a_loss_that_is_not_finite_exits_with_3_and_leaves_the_last_good_state(stopped, script):
+    folder, words = stopped
+    kept = {path.name: path.read_bytes() for path in folder.glob("*.pth*")}
+    loud = ["--lr", "1e30", "--allow-changed", "--save-every", "60"]
+    status, _, err = script("MIX_KL_CIFAR10", *words, *loud)
+    assert (status, len(err.splitlines())) == (3, 1) and "the loss is" in err
+    assert "holds the last good state" in err
+    assert {path.name: path.read_bytes() for path in folder.glob("*.pth*")} == kept
+
+
+def test_a_full_disk_leaves_the_old_file_and_one_line(tmp_path):
+    path = tmp_path / "file"
+    files.write_text(path, "old")
+
+    def fill(file):
+        file.write(b"new")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match=r"cannot be written .*No space left.*what it held is still"):
+        files.write(path, fill)
+    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_disk_too_small_is_seen_before_the_first_epoch(tmp_path, script, monkeypatch):
+    words = command(write_archive(tmp_path, 10), tmp_path, "run")[1:]
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("", (), {"free": 1000}))
+    status, out, err = script("MIX_KL_CIFAR10", *words)
+    assert (status, len(err.splitlines())) == (2, 1) and "the run needs" in err
+    assert "epoch " not in out
