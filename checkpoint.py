@@ -3,19 +3,48 @@
 import hashlib
 import platform
 import subprocess
-import zipfile
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 import files
+import reading
 
 SCHEMA = "mix-kl/1"
 PREFIXES = ("module.", "_orig_mod.")  # DataParallel and torch.compile put these before every key
 NESTED = ("state_dict", "model_state_dict", "model", "net")  # where public files keep a state dict
+ROOM = 1 << 20  # numbers: the state dict of a smaller network gets a message of its own
+MANY = 1 << 16  # classes or channels: more than any network here has
 UNUSED = "sub_block1."  # layers of the common WideResNet code that its forward pass never calls
+
+
+def is_count(value: object) -> bool:
+    """Return whether a value from a file is a number of classes or of channels."""
+    return type(value) is int and 0 < value < MANY
+
+
+def is_statistic(value: object, low: float) -> bool:
+    """Return whether a value from a file is three finite numbers above ``low``."""
+    sound = isinstance(value, (tuple, list)) and len(value) == 3
+    return sound and all(type(v) in (int, float) and low < v < 1e6 for v in value)
+
+
+FACTS: dict[str, Callable[[object], bool]] = {  # what a checkpoint must say, and what makes sense
+    "model": lambda value: isinstance(value, str) and 0 < len(value) < 100 and value.isprintable(),
+    "num_classes": is_count,
+    "width": lambda value: value is None or is_count(value),
+    "mean": lambda value: is_statistic(value, -1e6),
+    "std": lambda value: is_statistic(value, 0),
+    "dataset": lambda value: isinstance(value, str) and len(value) < 100 and value.isprintable(),
+    "selected": lambda value: isinstance(value, str) and value in ("raw", "ema"),
+    "metrics": lambda value: value is None or (
+        type(value) is dict
+        and all(type(value.get(f"{which}clean_acc", 0.0)) in (int, float) for which in ("", "ema_"))
+    ),
+}  # fmt: skip
 
 
 def save(path: Path, content: dict[str, object]) -> None:
@@ -29,6 +58,12 @@ def save(path: Path, content: dict[str, object]) -> None:
     files.write(path, lambda file: torch.save({"schema": SCHEMA} | content, file))
 
 
+class Diverged(ValueError):  # noqa: N818
+    """Weights that are not finite: a training that had diverged wrote them."""
+
+    exit_code = 3
+
+
 def load(path: Path) -> dict[str, object]:
     """Return what a checkpoint of ours, or a bare state dict, holds; nothing in it is executed.
 
@@ -38,28 +73,31 @@ def load(path: Path) -> dict[str, object]:
         FileNotFoundError: There is no such file.
         ValueError: It is not a checkpoint; the message says what it is instead.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"--model_path {path}: no such file")
-    head = path.read_bytes()[:64].lstrip().lower()
-    if head.startswith((b"<!doctype", b"<html")):
-        raise ValueError(f"{path}: this is an HTML page, not a checkpoint; download it again")
-    if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
-        raise ValueError(f"{path}: damaged, its checksums do not agree; copy it again")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle can raise anything
-        reason = (str(error) or type(error).__name__).splitlines()[0][:120]
-        raise ValueError(f"{path}: not a whole checkpoint ({reason})") from error
-    if isinstance(content, dict) and content.get("schema") == SCHEMA:
-        return content
-    for key in NESTED:
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-            break
-    tensors = isinstance(content, dict) and [v for v in content.values() if isinstance(v, Tensor)]
-    if tensors and len(tensors) == len(content):
-        return {"raw": content, "selected": "raw"}
-    raise ValueError(f"{path}: neither a checkpoint of this project nor a state dict")
+    content, size = reading.read(path), path.stat().st_size
+    content = dict(dict.items(content)) if isinstance(content, dict) else {}
+    schema = content.get("schema")
+    if isinstance(schema, str) and schema.startswith("mix-kl/") and schema != SCHEMA:
+        raise ValueError(
+            f"{path}: written as {reading.brief(schema)}, newer than {SCHEMA} here; update the code"
+        )
+    ours = isinstance(schema, str) and schema == SCHEMA
+    nested = [key for key in NESTED if isinstance(content.get(key), dict)]
+    if not ours:
+        state = content[nested[0]] if nested else content
+        if not any(isinstance(value, Tensor) for value in dict.values(state)):
+            raise ValueError(f"{path}: neither a checkpoint of this project nor a state dict")
+        content = {"raw": state, "selected": "raw"}
+    for key in {"raw", "ema"} & content.keys():
+        try:
+            content[key] = reading.tensors(content[key], size)
+        except ValueError as error:
+            raise ValueError(f"{path}: {key}: {error}") from error
+    wrong = ours and [key for key, sound in FACTS.items() if not sound(content.get(key))]
+    if wrong or content.get("selected") not in content:
+        value = reading.brief(repr(content.get(wrong[0]))) if wrong else "no such weights"
+        key = wrong[0] if wrong else "selected"
+        raise ValueError(f"{path}: damaged, its {key} is wrong ({value}); train or download again")
+    return content
 
 
 def load_weights(
@@ -74,7 +112,8 @@ def load_weights(
         path: For messages.
 
     Raises:
-        ValueError: The set is not there, does not fit the network, or is not finite.
+        ValueError: The set is not there or does not fit the network.
+        Diverged: It is not finite.
     """
     weights = weights or saved["selected"]
     if weights not in saved:
@@ -86,15 +125,58 @@ def load_weights(
     state = {key: value for key, value in state.items() if not key.startswith(UNUSED)}
     held = {key: value for key, value in model.state_dict().items() if key.startswith("normalize.")}
     state = held | state  # bare state dicts normalise outside the network, or not at all
-    broken = [key for key, value in state.items() if not value.isfinite().all()]
-    if broken:
-        raise ValueError(f"{path}: {broken[0]} is not finite; the training had diverged")
+    refuse_infinite(state, path)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        reason = " ".join(str(error).splitlines()[1].split())[:160]
+        reason = " ".join(str(error).split("\n", 1)[-1].split())[:160]
         raise ValueError(f"{path}: does not fit this network ({reason}); see --model") from error
+    refuse_infinite(model.state_dict(), path)  # a float64 may be too large for a float32
     return weights
+
+
+def refuse_infinite(state: dict[str, Tensor], path: Path) -> None:
+    """Raise ``Diverged`` where a tensor is not finite."""
+    for key, value in state.items():
+        if not value.isfinite().all():
+            raise Diverged(f"{path}: {reading.brief(key)} is not finite; the training had diverged")
+
+
+def build(
+    make: Callable[..., nn.Module],
+    name: str,
+    network: dict[str, object],
+    saved: dict[str, object],
+    weights: str | None,
+    path: Path,
+) -> nn.Module:
+    """Return a network with random weights, made only where it is no larger than the file's.
+
+    Args:
+        make: Makes a network from its name and ``network``.
+        name: The network, and ``network``: what ``architecture`` returned.
+        saved: What ``load`` returned.
+        weights: As in ``load_weights``.
+        path: For messages.
+
+    Raises:
+        ValueError: The file names an unknown network, or one that needs more numbers than it holds.
+    """
+    try:
+        with torch.device("meta"):  # shapes without memory
+            needed = sum(value.numel() for value in make(name, **network).state_dict().values())
+    except (RuntimeError, ValueError) as error:  # sizes may overflow
+        if "model" not in saved and isinstance(error, ValueError):
+            raise  # the fault of a flag, which the message names
+        raise ValueError(f"{path}: its network cannot be built ({reading.brief(error)})") from error
+    state = saved.get(weights or saved["selected"], {})
+    held = sum(value.numel() for value in state.values())
+    if state and needed > held + ROOM:
+        raise ValueError(
+            f"{path}: does not fit this network ({needed:,} numbers, the file holds {held:,}); "
+            "see --model"
+        )
+    return make(name, **network)
 
 
 def architecture(

@@ -1,21 +1,18 @@
 """CIFAR read from its own files, kept on the device as uint8 and augmented there in batches.
 
-Torchvision is imported only to download. The pickles are opened by an unpickler that knows numpy
-arrays and nothing else.
+Torchvision is imported only to download. ``cifar`` opens the pickles.
 """
 
-import hashlib
 import importlib
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import cifar
 import synthetic
 
 SIZE, PAD = 32, 4  # image side, and the border that random crops may reach into [pixels]
@@ -106,45 +103,6 @@ ARCHIVES = {
 # ------------------------------------------------------------------------------------ reading CIFAR
 
 
-class CifarUnpickler(pickle.Unpickler):
-    """An unpickler that builds plain containers and numpy arrays, and refuses everything else."""
-
-    ALLOWED: ClassVar = {"ndarray": np.ndarray, "dtype": np.dtype} | {
-        "_reconstruct": np.empty(0).__reduce__()[0]
-    }
-    MODULES = ("numpy", "numpy.core.multiarray", "numpy._core.multiarray")
-
-    def find_class(self, module: str, name: str) -> object:
-        """Return the numpy constructor that the file names."""
-        if module in self.MODULES and name in self.ALLOWED:
-            return self.ALLOWED[name]
-        if (module, name) == ("_codecs", "encode"):  # how protocol 2 spells bytes
-            return lambda text, encoding: text.encode("latin1")
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no CIFAR file holds")
-
-
-def read_batch(path: Path, label_key: str, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the (N, 3072) uint8 images and (N,) int64 labels of one file of a python archive.
-
-    Raises:
-        ValueError: The file is not such a pickle, or shapes or labels are wrong; it is named.
-    """
-    try:
-        with path.open("rb") as file:
-            record = CifarUnpickler(file, encoding="latin1").load()
-        data, labels = record["data"], np.asarray(record[label_key])
-    except Exception as error:  # a broken pickle can raise anything
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
-        raise ValueError(f"{path}: broken or not a CIFAR file ({reason})") from error
-    if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.shape[1:] != (3072,):
-        raise ValueError(f"{path}: broken, its images are not an (N, 3072) array of uint8")
-    if labels.shape != data.shape[:1] or labels.dtype.kind != "i" or not len(labels):
-        raise ValueError(f"{path}: broken, {len(data)} images but labels of shape {labels.shape}")
-    if labels.min() < 0 or labels.max() >= num_classes:
-        raise ValueError(f"{path}: broken, a label is outside 0 to {num_classes - 1}")
-    return data, labels.astype(np.int64)
-
-
 def read_cifar(name: str, folder: Path) -> Dataset:
     """Read an unpacked python archive, and warn in one line where it is not the official one.
 
@@ -156,35 +114,57 @@ def read_cifar(name: str, folder: Path) -> Dataset:
         ValueError: A file is broken.
     """
     archive = ARCHIVES[name]
-    splits, official = [], True
+    splits, changed = [], []
     for files in (archive.train, archive.test):
         parts = []
         for file, md5 in files.items():
-            parts.append(read_batch(folder / file, archive.label_key, archive.num_classes))
-            official &= hashlib.md5((folder / file).read_bytes()).hexdigest() == md5
+            *part, found = cifar.read_batch(folder / file, archive.label_key, archive.num_classes)
+            parts.append(part)
+            changed += [file] if found != md5 else []
         pixels, labels = (np.concatenate(part) for part in zip(*parts, strict=True))
         pixels = pixels.reshape(-1, 3, SIZE, SIZE).transpose(0, 2, 3, 1)
         pixels = torch.from_numpy(np.ascontiguousarray(pixels))
         splits.append(Images(pixels, torch.from_numpy(labels)))
-    if not official:
+    if changed:
         print(
-            f"warning: {folder} is not the official archive (MD5 differs): using its "
+            f"warning: {folder} is not the official archive "
+            f"(MD5 of {', '.join(changed)} differs): using its "
             f"{len(splits[0]):,} training and {len(splits[1]):,} test images"
         )
-    origin = "official" if official else "unofficial"
+    origin = "unofficial" if changed else "official"
     return Dataset(name, class_names(archive, folder), archive.mean, archive.std, *splits, origin)
 
 
 def class_names(archive: Archive, folder: Path) -> tuple[str, ...]:
     """Return what the labels mean; numbered where the archive's file of names is not there."""
     file, key = archive.names
-    try:
-        with (folder / file).open("rb") as opened:
-            names = tuple(map(str, CifarUnpickler(opened, encoding="latin1").load()[key]))
-    except Exception:  # names decorate pictures; nothing depends on them
-        names = ()
+    names = cifar.read_names(folder / file, key)
     numbered = tuple(f"class {i}" for i in range(archive.num_classes))
     return names if len(names) == archive.num_classes else numbered
+
+
+def missing(archive: Archive, folder: Path) -> list[Path]:
+    """Return which files with images are not there."""
+    paths = [folder / file for file in (*archive.train, *archive.test)]
+    return [path for path in paths if not path.is_file()]
+
+
+def download(archive: Archive, folder: Path) -> None:
+    """Download an archive, once where several processes ask; ``load`` lists what it raises."""
+    first = missing(archive, folder)[0]
+    try:
+        with cifar.locked(folder.parent / f".{archive.folder}.lock"):
+            if not missing(archive, folder):  # another process has been here
+                return
+            print(f"{first} not found: downloading {archive.title} to {folder.parent}")
+            datasets = importlib.import_module("torchvision.datasets")
+            getattr(datasets, archive.title)(str(folder.parent), download=True)
+    except Exception as error:  # no network, no space, no torchvision: the way out is the same
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+        raise FileNotFoundError(
+            f"{first} not found, and the download failed ({reason}); give the folder that holds "
+            f"{archive.folder}/ with --data-dir, or use the built-in images with --synthetic"
+        ) from error
 
 
 def load(name: str, num_classes: int, data_dir: Path, use_synthetic: bool) -> Dataset:
@@ -204,19 +184,8 @@ def load(name: str, num_classes: int, data_dir: Path, use_synthetic: bool) -> Da
         return drawn(num_classes, train=6000, test=1000)
     archive = ARCHIVES[name]
     folder = data_dir if data_dir.name == archive.folder else data_dir / archive.folder
-    missing = [file for file in (*archive.train, *archive.test) if not (folder / file).is_file()]
-    if missing:
-        print(f"{folder / missing[0]} not found: downloading {archive.title} to {folder.parent}")
-        try:
-            datasets = importlib.import_module("torchvision.datasets")
-            getattr(datasets, archive.title)(str(folder.parent), download=True)
-        except Exception as error:  # no network, no space, no torchvision: the way out is the same
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
-            raise FileNotFoundError(
-                f"{folder / missing[0]} not found, and the download failed ({reason}); give the "
-                f"folder that holds {archive.folder}/ with --data-dir, or use the built-in images "
-                "with --synthetic"
-            ) from error
+    if missing(archive, folder):
+        download(archive, folder)
     return read_cifar(name, folder)
 
 

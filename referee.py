@@ -42,7 +42,7 @@ def open_network(
     saved = checkpoint.load(path)
     statistics = dict(mean=mean, std=std)
     name, network = checkpoint.architecture(saved, path, args, classes, statistics)
-    model = build(name, **network)
+    model = checkpoint.build(build, name, network, saved, args.weights, path)
     weights = checkpoint.load_weights(model, saved, args.weights, path)
     facts = {"checkpoint": str(path), "sha256": checkpoint.sha256(path), "weights": weights}
     facts |= {"model": name, "trained_on": saved.get("dataset", "unknown images")}

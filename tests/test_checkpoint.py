@@ -3,11 +3,13 @@
 import os
 import pickle
 import subprocess
+import sys
+import zipfile
 from argparse import Namespace
 
 import pytest
 import torch
-from conftest import SmallNet
+from conftest import ROOT, SmallNet
 
 import checkpoint
 import record
@@ -89,11 +91,17 @@ def flip(data):
 
 
 FAULTS = {
-    "truncated": (lambda data: data[: len(data) // 2], "not a whole checkpoint"),
-    "empty": (lambda data: b"", "not a whole checkpoint"),
+    "truncated": (lambda data: data[: len(data) // 2], "truncated"),
+    "empty": (lambda data: b"", "empty (0 bytes)"),
     "html": (lambda data: b"\n<!DOCTYPE html><html></html>", "an HTML page"),
+    "git lfs": (
+        lambda data: b"version https://git-lfs.github.com/spec/v1\noid",
+        "a Git LFS pointer",
+    ),
     "bit flipped": (flip, "checksums do not agree"),
-    "text": (lambda data: b"hello", "not a whole checkpoint"),
+    "text": (lambda data: b"hello", "text (5 bytes)"),
+    "picture": (lambda data: b"\x89PNG\r\n" + bytes(100), "something else (106 bytes)"),
+    "followed": (lambda data: data + bytes(9), "truncated"),
 }
 
 
@@ -103,7 +111,22 @@ def test_damaged_files_are_refused_in_one_line(saved, script, fault):
     saved.write_bytes(damage(saved.read_bytes()))
     status, _, err = script("test_cifar10", "--model_path", saved, "--synthetic")
     assert status == 2 and len(err.splitlines()) == 1
-    assert err.startswith(f"error: {saved}") and message in err
+    assert err.startswith(f"error: {saved}") and message in err and ".prev" not in err
+
+
+def test_a_truncated_file_names_its_size_and_the_one_before_it(saved):
+    whole = saved.read_bytes()
+    saved.write_bytes(whole[:1000])
+    saved.with_name("model.pth.prev").write_bytes(whole)
+    with pytest.raises(ValueError, match=r"1,000 bytes.*truncated.*; try .*model\.pth\.prev$"):
+        checkpoint.load(saved)
+
+
+def test_a_folder_and_nothing_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="a folder; name a file in it"):
+        checkpoint.load(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        checkpoint.load(tmp_path / "none.pth")
 
 
 def test_a_malicious_file_is_refused_and_not_executed(tmp_path):
@@ -113,10 +136,21 @@ def test_a_malicious_file_is_refused_and_not_executed(tmp_path):
         def __reduce__(self):
             return os.mkdir, (str(target),)
 
-    torch.save({"raw": Malicious()}, path)
+    for zipped in (True, False):
+        torch.save({"raw": Malicious()}, path, _use_new_zipfile_serialization=zipped)
+        with pytest.raises(ValueError, match=r"asks for (posix|nt)\.mkdir, which no checkpoint"):
+            checkpoint.load(path)
+    assert not target.exists()
+
+
+def test_files_from_before_torch_1_6_are_read_and_their_damage_is_refused(tmp_path, net):
+    path = tmp_path / "old.pt"
+    torch.save(net.state_dict(), path, _use_new_zipfile_serialization=False)
+    found = checkpoint.load(path)["raw"]
+    assert all(torch.equal(value, found[key]) for key, value in net.state_dict().items())
+    path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match="not a whole checkpoint"):
         checkpoint.load(path)
-    assert not target.exists()
 
 
 def test_a_file_of_something_else_is_refused(tmp_path):
@@ -124,6 +158,107 @@ def test_a_file_of_something_else_is_refused(tmp_path):
     torch.save([1, 2, 3], path)
     with pytest.raises(ValueError, match="neither a checkpoint of this project nor a state dict"):
         checkpoint.load(path)
+
+
+def long(state):  # a view of one number as a terabyte of them
+    return state | {"linear.bias": torch.zeros(1).expand(10**6, 10**6)}
+
+
+WRONG = {
+    "classes huge": dict(num_classes=10**9), "classes of text": dict(num_classes="10"),
+    "classes true": dict(num_classes=True), "classes missing": dict(num_classes=None),
+    "width huge": dict(width=10**9), "width negative": dict(width=-8), "width odd": dict(width=9),
+    "width large": dict(width=65528), "mean short": dict(mean=(0.5, 0.5)),
+    "mean nan": dict(mean=(0.5, 0.5, float("nan"))), "std zero": dict(std=(0.2, 0.0, 0.2)),
+    "std list of text": dict(std=["0.2"] * 3), "raw none": dict(raw=None),
+    "raw a list": dict(raw=[1]),
+    "raw empty": dict(raw={}), "raw of numbers": dict(raw={"a": 1.0}),
+    "selected": dict(selected="x"),
+    "selected unhashable": dict(selected=["raw"]), "selected absent": dict(selected="ema"),
+    "model unknown": dict(model="VGG\n"), "model strange": dict(model="VGG"),
+    "model": dict(model=3),
+    "dataset": dict(dataset=None), "metrics": dict(metrics=[1]), "newer": dict(schema="mix-kl/2"),
+    "metrics of text": dict(metrics={"clean_acc": "0.9"}), "key": {"raw": {3: torch.zeros(3)}},
+    "complex": lambda s: s | {"linear.bias": torch.zeros(10, dtype=torch.complex64)},
+    "sparse": lambda s: s | {"linear.bias": torch.zeros(10).to_sparse()},
+    "meta": lambda s: s | {"linear.bias": torch.zeros(10, device="meta")},
+    "expanded": long,
+    "missing": lambda s: {k: v for k, v in s.items() if k != "linear.bias"},
+    "another shape": lambda s: s | {"linear.bias": torch.zeros(11)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", WRONG)
+def test_whole_files_of_wrong_content_are_refused_in_one_line(saved, script, fault):
+    content, change = checkpoint.load(saved), WRONG[fault]
+    change = {"raw": change(content["raw"])} if callable(change) else change
+    torch.save(content | change, saved)
+    status, _, err = script("test_cifar10", "--model_path", saved, "--synthetic")
+    assert status == 2 and len(err.splitlines()) == 1 and len(err) < 600
+    assert err.startswith(f"error: {saved}")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300])
+def test_weights_that_are_not_finite_have_an_exit_code_of_their_own(saved, value):
+    content = checkpoint.load(saved)
+    content["raw"]["linear.bias"] = torch.full((10,), value, dtype=torch.float64)
+    model = build_model("ResNet18", num_classes=10, width=8)
+    with pytest.raises(checkpoint.Diverged, match="not finite; the training had diverged") as found:
+        checkpoint.load_weights(model, content, None, saved)
+    assert found.value.exit_code == 3 and isinstance(found.value, ValueError)
+
+
+def rezipped(path, change, method=zipfile.ZIP_STORED):
+    """Write a zip file again, each member as ``change(name, bytes)``, with right checksums."""
+    with zipfile.ZipFile(path) as archive:
+        members = [(name, archive.read(name)) for name in archive.namelist()]
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for name, data in members:
+            archive.writestr(*change(name, data))
+
+
+HOSTILE = """
+import resource, sys, pathlib
+sys.path.insert(0, {root!r})
+import checkpoint, models, torch
+from argparse import Namespace
+good, bad = map(pathlib.Path, sys.argv[1:])
+def load(path):
+    saved = checkpoint.load(path)
+    name, network = checkpoint.architecture(saved, path, Namespace(model=None), 10, {{}})
+    model = checkpoint.build(models.build_model, name, network, saved, None, path)
+    checkpoint.load_weights(model, saved, None, path)
+load(good)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    load(bad)
+except ValueError as error:
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024, error)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kB on Linux only")
+@pytest.mark.parametrize("fault", ["compressed", "wide", "expanded", "global", "storage case"])
+def test_hostile_files_take_no_memory(saved, tmp_path, fault):
+    bad, content = tmp_path / "bad.pth", checkpoint.load(saved)
+    if fault == "wide":
+        content["width"] = 4096
+    elif fault == "expanded":
+        content["raw"] = long(content["raw"])
+    elif fault == "compressed":
+        content["raw"]["linear.bias"] = torch.zeros(50_000_000)
+    torch.save(content, bad)
+    if fault == "compressed":
+        rezipped(bad, lambda name, data: (name, data), zipfile.ZIP_DEFLATED)
+    elif fault == "global":  # the safe unpickler of torch knows bytearray, which takes a length
+        call = b"cbuiltins\nbytearray\nJ\xff\xff\xff\x2f\x85R0."
+        rezipped(bad, lambda n, d: (n, d[:-1] + call if n.endswith(".pkl") else d))
+    elif fault == "storage case":
+        rezipped(bad, lambda name, data: (name.replace("data/0", "data/A"), data))
+    command = [sys.executable, "-c", HOSTILE.format(root=str(ROOT)), saved, bad]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    taken, message = done.stdout.split(maxsplit=1)
+    assert str(bad) in message and int(taken) <= 2 * bad.stat().st_size + 2**24
 
 
 def test_runs_never_share_a_folder(tmp_path):
