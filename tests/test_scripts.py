@@ -108,7 +108,7 @@ def test_every_choice_of_the_method_trains(tmp_path, script, words):
 def test_mistakes_of_measuring_get_one_line(tmp_path, script):
     for words, message in [
         (["--model_path", tmp_path / "none.pth"], "none.pth: no such file"),
-        (["--model_path", tmp_path, "--synthetic"], "no such file"),
+        (["--model_path", tmp_path, "--synthetic"], "folder"),
         (["--model_path", tmp_path / "none.pth", "--attacks", "autopilot"], "autopilot: unknown"),
         (["--model_path", tmp_path / "none.pth", "--device", "cuda:99"], "--device cuda:99"),
         ([], "required: --model-path"),
