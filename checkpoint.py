@@ -92,9 +92,11 @@ def load(path: Path) -> dict[str, object]:
             content[key] = reading.tensors(content[key], size)
         except ValueError as error:
             raise ValueError(f"{path}: {key}: {error}") from error
-    wrong = ours and [key for key, sound in FACTS.items() if not sound(content.get(key))]
+    absent = FACTS.keys() - content.keys() - {"metrics"}
+    wrong = [k for k, sound in FACTS.items() if k in absent or not sound(content.get(k))]
+    wrong = wrong if ours else []
     if wrong or content.get("selected") not in content:
-        value = reading.brief(repr(content.get(wrong[0]))) if wrong else "no such weights"
+        value = reading.brief(repr(content.get(wrong[0], "absent"))) if wrong else "no such weights"
         key = wrong[0] if wrong else "selected"
         raise ValueError(f"{path}: damaged, its {key} is wrong ({value}); train or download again")
     return content
