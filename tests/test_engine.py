@@ -313,7 +313,10 @@ def tiny_run(tmp_path, batch):
                 clean = (net(batch[0]).argmax(1) == batch[1]).float().mean().item()
             return {"clean": clean, "fgsm": 0.5, "pgd10": next(measured, 0.25)}
 
-        facts = {"model": "small", "num_classes": 10, "dataset": "none"}
+        facts = {
+            "model": "small", "num_classes": 10, "dataset": "none", "width": None,
+            "mean": (0.5, 0.5, 0.5), "std": (1.0, 1.0, 1.0),
+        }  # fmt: skip
         engine.train(
             model, Batches(*batch), attack=attack_of(args), measure=measure, args=args,
             facts=facts, folder=folder,
