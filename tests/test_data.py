@@ -2,12 +2,14 @@
 
 import hashlib
 import pickle
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import write_archive
+from conftest import ROOT, write_archive
 
 import cifar
 import data
@@ -113,6 +115,84 @@ def test_a_malicious_file_is_refused_and_not_executed(tmp_path):
     with pytest.raises(ValueError, match=r"asks for (posix|nt)\.mkdir"):
         cifar.read_batch(path, "labels", 10)
     assert not target.exists()
+
+
+class Sub(np.ndarray):
+    pass
+
+
+def claim(shape, kind="u1"):
+    """Pickle a record whose images claim another shape or type than their bytes have."""
+    good = record()
+    assert b"K\x04M\x00\x0c\x86" in good and b"u1" in good
+    numbers = b"".join(b"\x8a\x08" + number.to_bytes(8, "little") for number in shape)
+    changed = good.replace(b"K\x04M\x00\x0c\x86", numbers + b"\x86")
+    return changed.replace(b"u1", kind.encode())
+
+
+HOSTILE = {
+    "objects": record(data=np.zeros((4, 3072), object)),
+    "object dtype": claim((4, 3072), "O8"),
+    "huge": claim((10**12, 3072)),
+    "overflowing": claim((2**62, 3072)),
+    "subclass": record(data=np.zeros((4, 3072), np.uint8).view(Sub)),
+    "big endian": record(labels=np.zeros(4, ">i8")),
+    "labels nested": record(labels=[[0], [1], [2], [9]]),
+    "labels huge": record(labels=[2**70] * 4),
+    "labels true": record(labels=[True] * 4),
+    "memo": b"\x80\x02}r\xff\xff\xff\x7f.",  # 16 GB of an unpickler's memory
+    "the same text": b"\x80\x02c_codecs\nencode\nq\x00X\xe8\x03\x00\x00" + b"a" * 1000
+    + b"q\x010" + b"h\x00h\x01\x85R" * 1000 + b".",
+    "git lfs": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", HOSTILE)
+def test_hostile_files_are_refused_in_one_line(tmp_path, fault):
+    path = tmp_path / "batch"
+    path.write_bytes(HOSTILE[fault])
+    with pytest.raises(ValueError, match="broken") as error:
+        cifar.read_batch(path, "labels", 10)
+    assert str(error.value).startswith(str(path)) and len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kB on Linux only")
+def test_hostile_files_take_no_memory(tmp_path):
+    for fault, raw in HOSTILE.items():
+        (tmp_path / fault).write_bytes(raw)
+    code = """
+import contextlib, pathlib, resource, sys
+sys.path.insert(0, sys.argv[1])
+import cifar
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for path in pathlib.Path(sys.argv[2]).iterdir():
+    with contextlib.suppress(ValueError):
+        cifar.read_batch(path, "labels", 10)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+    command = [sys.executable, "-c", code, str(ROOT), str(tmp_path)]
+    assert float(subprocess.run(command, capture_output=True, check=True).stdout) < 16  # MB
+
+
+def test_two_processes_download_once(tmp_path):
+    code = """
+import sys, time, types, pathlib
+sys.path[:0] = sys.argv[1:3]
+import data
+from conftest import ROOT, write_archive
+folder = pathlib.Path(sys.argv[3])
+def cifar10(root, download):
+    with (folder / "downloads").open("a") as file:
+        file.write("x")
+    time.sleep(1)
+    write_archive(folder, 10)
+sys.modules["torchvision.datasets"] = types.SimpleNamespace(CIFAR10=cifar10)
+print(len(data.load("cifar10", 10, folder, False).train))
+"""
+    command = [sys.executable, "-c", code, str(ROOT), str(ROOT / "tests"), str(tmp_path)]
+    started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert all(process.communicate()[0].split()[-1] == "400" for process in started)
+    assert (tmp_path / "downloads").read_text() == "x"
 
 
 @pytest.mark.parametrize("module, name", [
