@@ -16,6 +16,7 @@ import cifar
 import synthetic
 
 SIZE, PAD = 32, 4  # image side, and the border that random crops may reach into [pixels]
+WIDE = SIZE + 2 * PAD  # side of a padded image
 
 
 @dataclass(frozen=True)
@@ -213,15 +214,19 @@ def split_held_out(images: Images, count: int) -> tuple[Images, Images]:
 class TrainingBatches:
     """Shuffled batches of augmented images, gathered on the device.
 
-    A batch is one gather from the padded uint8 images: random crop (pad 4) and flip are only other
-    indices. The last incomplete batch is dropped, so that batch norm never sees a few images.
+    The padded uint8 images lie there twice, as they are and flipped. ``windows`` views each pixel
+    as the corner of an image, so that crop (pad 4) and flip are only an index, and a batch copies
+    whole rows. The last incomplete batch is dropped: batch norm never sees a few images.
     """
 
     def __init__(self, images: Images, batch_size: int) -> None:
         """Pad the images once; raise a ValueError where they do not fill one batch."""
         if len(images) < batch_size:
             raise ValueError(f"--batch-size {batch_size}: there are only {len(images)} images")
-        self.padded = F.pad(images.pixels, (0, 0, PAD, PAD, PAD, PAD))
+        padded = F.pad(images.pixels, (0, 0, PAD, PAD, PAD, PAD))
+        both = torch.stack([padded, padded.flip(2)])
+        corners = both.numel() // 3 - (SIZE - 1) * (WIDE + 1)  # the last is that of a whole image
+        self.windows = both.as_strided((corners, SIZE, 3 * SIZE), (3, 3 * WIDE, 1))
         self.labels = images.labels
         self.batch_size = batch_size
 
@@ -238,10 +243,9 @@ class TrainingBatches:
     def load(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Return (B, 3, 32, 32) images in [0, 1], cropped and flipped, and (B,) labels."""
         count, device = len(index), index.device
-        corner = torch.randint(2 * PAD + 1, (2, count, 1), device=device)
-        flip = torch.rand(count, 1, device=device) < 0.5
-        ramp = torch.arange(SIZE, device=device)
-        rows = corner[0] + ramp
-        cols = corner[1] + torch.where(flip, ramp.flip(0), ramp)
-        pixels = self.padded[index[:, None, None], rows[:, :, None], cols[:, None, :]]
-        return pixels.permute(0, 3, 1, 2) / 255, self.labels[index]
+        top, left = torch.randint(2 * PAD + 1, (2, count), device=device)
+        flip = torch.rand(count, device=device) < 0.5
+        left = torch.where(flip, 2 * PAD - left, left)
+        image = index + len(self.labels) * flip
+        pixels = self.windows.index_select(0, (image * WIDE + top) * WIDE + left)
+        return pixels.view(count, SIZE, SIZE, 3).permute(0, 3, 1, 2) / 255, self.labels[index]

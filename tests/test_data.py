@@ -269,6 +269,20 @@ def test_crop_and_flip_are_those_of_an_image_at_a_time():
     assert {c for corner in corners for c in corner} == set(range(9))
 
 
+def test_every_corner_is_drawn_with_and_without_flip_and_no_other_memory_is_read():
+    pixels = torch.randint(256, (2, 32, 32, 3), generator=torch.Generator().manual_seed(0))
+    pixels = pixels.to(torch.uint8)
+    padded = np.pad(pixels[1].numpy(), ((4, 4), (4, 4), (0, 0)))
+    views = [padded[i : i + 32, j : j + 32] for i in range(9) for j in range(9)]
+    expected = {view.tobytes() for view in views} | {view[:, ::-1].tobytes() for view in views}
+    batches = data.TrainingBatches(data.Images(pixels, torch.arange(2)), 2)
+    torch.manual_seed(0)
+    x, y = batches.load(torch.ones(3000, dtype=torch.int64))
+    images = (x * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    assert {image.tobytes() for image in images} == expected and len(expected) == 162
+    assert (y == 1).all()
+
+
 def test_an_epoch_sees_every_image_once_in_a_new_order():
     images = data.Images(torch.zeros(50, 32, 32, 3, dtype=torch.uint8), torch.arange(50))
     batches = data.TrainingBatches(images, 16)
