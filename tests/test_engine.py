@@ -250,7 +250,8 @@ class Waits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._overloadpacket.__name__
-        masked = "index" in name and any(t is not None and t.dtype == torch.bool for t in args[1])
+        masks = args[1] if name.startswith("index") and isinstance(args[1], (list, tuple)) else ()
+        masked = any(t is not None and t.dtype == torch.bool for t in masks)
         if name in self.READS or masked:
             self.seen.append(str(func))
         return func(*args, **(kwargs or {}))
