@@ -4,6 +4,7 @@
 each function here asks nothing and changes nothing, so its callers need no second path.
 """
 
+import gc
 import inspect
 import os
 import signal
@@ -93,6 +94,8 @@ def together() -> Iterator[None]:
             f"measured ({str(error).splitlines()[0][:120]})"
         ) from error
     if dist.is_initialized():
+        gc.collect()  # what is left of DDP holds threads, which may not outlive the interpreter
+        dist.barrier()
         dist.destroy_process_group()
 
 

@@ -46,8 +46,8 @@ def nan_where_perturbed(known):
 
 MISTAKES = {
     "softmax output": (dict(after=lambda z: z.softmax(1)), "look like probabilities"),
-    "logits x 30": (dict(after=lambda z: 30 * z), "are multiplied by 0.1"),
-    "logits x 0.2": (dict(after=lambda z: 0.2 * z), "are multiplied by 10"),
+    "logits x 30": (dict(after=lambda z: 30 * z), "the softmax saturates"),
+    "logits x 0.2": (dict(after=lambda z: 0.2 * z), "are multiplied by 32"),
     "dropout left on": (dict(after=lambda z: F.dropout(z, 0.3)), "identical forward passes differ"),
     "normalised twice": (dict(before=lambda x: (x - 0.5) / 0.25), "far below the 9"),
     "constant output": (dict(after=lambda z: 0 * z), "is chance"),

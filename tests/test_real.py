@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, Watching
+from test_checks import Planted
 from torch.nn import functional as F
 
 import attacks
@@ -32,15 +33,21 @@ EPS, ALPHA, STEPS = 8 / 255, 2 / 255, 20
 COUNT = 512  # a power of two: then torchattacks, which averages the loss, rounds as we do
 
 
-@pytest.fixture(scope="module")
-def real():
-    """The network as any user of torch opens it, and the first test images."""
-    saved = torch.load(MODEL, weights_only=True)
+def opened(name):
+    """A network in results/ as any user of torch opens it, and what its file says."""
+    saved = torch.load(ROOT / "results" / name / "model.pth", weights_only=True)
     keys = ("num_classes", "width", "mean", "std")
     model = build_model(saved["model"], **{key: saved[key] for key in keys})
     model.load_state_dict(saved[saved["selected"]])
+    return model.eval(), saved
+
+
+@pytest.fixture(scope="module")
+def real():
+    """The trained MIX-KL and the first test images."""
+    model, _ = opened(MODEL.parent.name)
     test = data.read_cifar("cifar10", Path(FOLDER) / "cifar-10-batches-py").test[:COUNT]
-    return model.eval(), test.as_float().contiguous(), test.labels
+    return model, test.as_float().contiguous(), test.labels
 
 
 @pytest.fixture(scope="module")
@@ -148,10 +155,20 @@ def test_the_margin_is_that_of_torchattacks(real):
     torch.testing.assert_close(ours[comparable], -theirs.f(logits, y)[comparable])
 
 
-def test_the_trained_network_raises_no_warning(real):
-    model, x, y = real
-    recorded = torch.load(MODEL, weights_only=True)["metrics"]["ema_clean_acc"]
+@pytest.mark.parametrize("method", ["mix_kl", "fgsm_rs", "n_fgsm"])
+def test_an_honestly_trained_network_raises_no_warning(method, real):
+    _, x, y = real
+    model, saved = opened(f"cifar10-{method}")
+    recorded = saved["metrics"]["ema_clean_acc"]
     assert checks.of_the_network(model, x[:256], y[:256], epsilon=EPS, recorded=recorded) == []
+
+
+@pytest.mark.parametrize("scale", [0.2, 30])
+def test_a_planted_scale_of_the_logits_is_flagged(scale, real):
+    model, x, y = real
+    scaled = Planted(model, after=lambda logits: scale * logits)
+    (found,) = checks.of_the_network(scaled, x[:256], y[:256], epsilon=EPS)
+    assert "where the logits are multiplied by" in found
 
 
 @pytest.mark.slow
