@@ -167,8 +167,8 @@ def test_an_honestly_trained_network_raises_no_warning(method, real):
 def test_a_planted_scale_of_the_logits_is_flagged(scale, real):
     model, x, y = real
     scaled = Planted(model, after=lambda logits: scale * logits)
-    (found,) = checks.of_the_network(scaled, x[:256], y[:256], epsilon=EPS)
-    assert "where the logits are multiplied by" in found
+    found = checks.of_the_network(scaled, x[:256], y[:256], epsilon=EPS)
+    assert any("where the logits are multiplied by" in warning for warning in found), found
 
 
 @pytest.mark.slow
