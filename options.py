@@ -159,7 +159,7 @@ def add_optimisation(parser: Parser) -> None:
     add("--weight-decay", type=number(0), default=5e-4,
         help="of SGD, on all parameters (default %(default)s)")
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
-        help="of training; auto: bf16 where the processor has it. Measuring is always fp32")
+        help="of training; auto: bf16 where it is faster. Measuring is always fp32")
     add("--compile", choices=("auto", "on", "off"), default="auto",
         help="whether the training step is one CUDA graph; auto: on a single GPU "
         "(default %(default)s)")

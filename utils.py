@@ -199,22 +199,27 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
-    """Return the number format of the training passes; ``auto`` is bf16 where it is native."""
+    """Return the number format of the training passes; ``auto`` is bf16 where it is faster."""
     if name == "auto":
-        name = "bf16" if has_native_bf16(device) else "fp32"
+        name = "bf16" if has_fast_bf16(device) else "fp32"
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
-def has_native_bf16(device: torch.device) -> bool:
-    """Return whether the processor multiplies bf16 numbers itself."""
+def has_fast_bf16(device: torch.device) -> bool:
+    """Return whether the processor multiplies bf16 numbers faster than fp32 ones.
+
+    The instructions alone do not say so: AVX-512's reach twice the fp32 rate on AMD's processors,
+    and half of it on Intel's (2048 x 2048 products on Emerald Rapids, one core: 80 against
+    152 GFLOP/s), where AMX is what bf16 is for.
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     try:
         with open("/proc/cpuinfo") as cpuinfo:
-            flags = cpuinfo.read()
+            facts = cpuinfo.read()
     except OSError:
         return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
+    return "amx_bf16" in facts or ("avx512_bf16" in facts and "AuthenticAMD" in facts)
 
 
 def keep_freed_memory() -> None:

@@ -1,6 +1,7 @@
 """Mixup, KL, averaging and schedules against their closed forms."""
 
 import copy
+import io
 import math
 from types import SimpleNamespace
 
@@ -186,10 +187,24 @@ def test_devices_and_precisions(monkeypatch):
     with pytest.raises(ValueError, match="--device nonsense: not available"):
         utils.pick_device("nonsense")
     assert utils.pick_precision("bf16", SimpleNamespace(type="cpu")) == torch.bfloat16
-    monkeypatch.setattr(utils, "has_native_bf16", lambda device: False)
+    monkeypatch.setattr(utils, "has_fast_bf16", lambda device: False)
     assert utils.pick_precision("auto", torch.device("cpu")) == torch.float32
-    monkeypatch.setattr(utils, "has_native_bf16", lambda device: True)
+    monkeypatch.setattr(utils, "has_fast_bf16", lambda device: True)
     assert utils.pick_precision("auto", torch.device("cpu")) == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "cpuinfo, fast",
+    [
+        ("vendor_id : GenuineIntel\nflags : avx512f avx512_bf16 amx_bf16", True),
+        ("vendor_id : GenuineIntel\nflags : avx512f avx512_bf16", False),
+        ("vendor_id : AuthenticAMD\nflags : avx512f avx512_bf16", True),
+        ("vendor_id : AuthenticAMD\nflags : avx2", False),
+    ],
+)
+def test_bf16_is_chosen_where_the_processor_gains_by_it(monkeypatch, cpuinfo, fast):
+    monkeypatch.setattr("builtins.open", lambda path: io.StringIO(cpuinfo))
+    assert utils.has_fast_bf16(torch.device("cpu")) == fast
 
 
 def test_keep_freed_memory_stops_the_page_faults_of_large_tensors():
