@@ -3,8 +3,8 @@
     python benchmarks/data_speed.py
 
 One thread each: random crop (pad 4), flip and scaling to [0, 1], ready for a network. Torchvision's
-is the pipeline that the peers use: a PIL image at a time, stacked into a batch. On a CPU the seconds
-are those of the thread itself, so that other work on the machine does not count.
+is the pipeline that the peers use: a PIL image at a time, stacked into a batch. On a CPU the
+seconds are those of the thread itself, so that other work on the machine does not count.
 """
 
 import time
