@@ -8,7 +8,9 @@ A table stands between the comments ``<!-- table NAME -->`` and ``<!-- end -->``
 import csv
 import json
 import re
+import statistics
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -17,7 +19,10 @@ from report import wilson
 
 HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
-METHODS = {"mix_kl": "MIX-KL (defaults)", "fgsm_rs": "FGSM-RS", "n_fgsm": "N-FGSM"}
+METHODS = {
+    "mix_kl": "MIX-KL (defaults)", "fgsm_rs": "FGSM-RS", "n_fgsm": "N-FGSM", "mixup": "Mixup alone",
+    "kl": "temperature-scaled KL alone", "plain": "neither", "pgd_at": "PGD-10 AT",
+}  # fmt: skip
 
 
 def log_of(folder: Path) -> list[dict[str, str]]:
@@ -91,9 +96,43 @@ def control() -> list[str]:
     return lines
 
 
+def study(prefix: str) -> list[str]:
+    """Return the table of the cells of ``study.py`` whose names begin with ``prefix``.
+
+    Accuracies in percent, mean and standard deviation over the seeds, last and best epoch.
+    """
+    rows = []
+    for method, title in METHODS.items():
+        folders = sorted(HERE.glob(f"{prefix}-{method}-seed*"))
+        for file in ("final", "best"):
+            found = [folder / f"{file}_model-report.json" for folder in folders]
+            reports = [json.loads(path.read_text()) for path in found if path.exists()]
+            if reports:
+                rows.append((title, file, reports, [log_of(folder) for folder in folders]))
+    names = [row["attack"] for row in rows[0][2][0]["attacks"]]
+    lines = [
+        f"| method | epoch | seeds | {' | '.join(names)} | collapses | minutes |",
+        "| --- " * (len(names) + 5) + "|",
+    ]
+    for title, file, reports, logs in rows:
+        cells = [title, {"final": "last", "best": "best"}[file], str(len(reports))]
+        for i in range(len(names)):
+            values = [100 * found["attacks"][i]["accuracy"] for found in reports]
+            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.1f}{spread}")
+        cells.append(str(sum(any(row["collapse"] == "1" for row in log) for log in logs)))
+        seconds = [sum(float(row["train_seconds"]) for row in log) for log in logs]
+        lines.append(f"| {' | '.join([*cells, f'{statistics.mean(seconds) / 60:.1f}'])} |")
+    return lines
+
+
 def rebuilt(text: str) -> str:
     """Return the README with its tables made anew."""
-    for name, make in {"short": short, "autoattack": autoattack, "control": control}.items():
+    tables = {"short": short, "autoattack": autoattack, "control": control}
+    tables |= {name: partial(study, name) for name in ("long", "steep")}
+    for name, make in tables.items():
+        if f"<!-- table {name} -->" not in text:
+            continue
         table = "\n".join(make())
         pattern = rf"(<!-- table {name} -->\n).*?(<!-- end -->)"
         text = re.sub(

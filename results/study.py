@@ -1,0 +1,197 @@
+"""Run the study: train and measure each cell of a table, in order, within a budget of minutes.
+
+    python3 results/study.py cpu --budget 150
+    python3 results/study.py gpu --budget 30 --device cuda
+
+What the budget cuts off goes on where it was when the same line is run again; what is done is not
+done again. Each finished cell leaves log, flags, reports and fp16 weights in a folder of results/.
+"""
+
+import argparse
+import fnmatch
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import shrink
+
+HERE = Path(__file__).resolve().parent
+
+METHODS = {
+    "mix_kl": "",
+    "fgsm_rs": "--baseline fgsm_rs",
+    "n_fgsm": "--baseline n_fgsm",
+    "mixup": "--kl-weight 0 --temperature 1",
+    "kl": "--mixup-alpha 0",
+    "plain": "--mixup-alpha 0 --kl-weight 0 --temperature 1",
+    "pgd_at": "--baseline pgd_at",
+}
+LONG = "--width 16 --train-images 4000 --epochs 50 --measure-every 10"
+SHORT = "--width 16 --epochs 15 --lr-schedule cyclic --lr 0.2 --measure-every 5"
+STEEP = (
+    "--width 16 --train-images 25000 --epochs 6 --lr-schedule cyclic --lr 0.2 --lr-peak 0.1 "
+    "--epsilon 16 --alpha 16"
+)
+AUTOATTACK = "--attacks clean pgd-50-10 cw-50 autoattack"
+PGD_CW = "--attacks clean pgd-50 cw-50"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training and its measurements."""
+
+    name: str  # of its folder
+    train: str  # flags of the training script
+    measure: str  # flags of the measuring script
+    files: tuple[str, ...] = ("final",)  # which checkpoints are measured
+    classes: int = 10
+
+
+def cpu() -> list[Cell]:
+    """Return the cells that two cores carry, the most telling ones first."""
+    cells = [
+        Cell(f"steep-{method}-seed{seed}", f"{STEEP} {METHODS[method]} --seed {seed}",
+             f"{PGD_CW} --epsilon 16 --n-examples 1000")
+        for seed in range(5) for method in ("mix_kl", "fgsm_rs")
+    ]  # fmt: skip
+    cells += [
+        Cell(f"long-{method}-seed{seed}", f"{LONG} {METHODS[method]} --seed {seed}",
+             f"{AUTOATTACK} --n-examples 1000", ("final", "best"))
+        for seed in range(3) for method in METHODS
+    ]  # fmt: skip
+    cells += [
+        Cell(f"short-{method}-seed0", f"{SHORT} {METHODS[method]}", PGD_CW)
+        for method in ("mix_kl", "n_fgsm", "fgsm_rs")
+    ]
+    return [*cells, Cell("short100-mix_kl-seed0", SHORT, PGD_CW, classes=100)]
+
+
+def gpu() -> list[Cell]:
+    """Return the full-scale cells: two networks, two data sets, two schedules, two epsilons."""
+    schedules = {
+        "110": "--epochs 110 --lr-schedule multistep --lr 0.1",
+        "30": "--epochs 30 --lr-schedule cyclic --lr 0.2",
+    }
+    wide = "--model WideResNet34-10"
+    cells = [
+        Cell(f"gpu-{classes}-{model}-{epochs}-eps{eps}-{method}-seed{seed}",
+             f"--model {model} {schedules[epochs]} --epsilon {eps} {METHODS[method]} --seed {seed}",
+             f"{AUTOATTACK} --epsilon {eps} --batch-size 1000", ("final", "best"), classes)
+        for seed in range(3) for model in ("PreActResNet18", "ResNet18")
+        for epochs in ("110", "30") for classes in (10, 100) for eps in (8, 16)
+        for method in ("mix_kl", "n_fgsm", "fgsm_rs")
+    ]  # fmt: skip
+    return cells + [
+        Cell(f"gpu-{classes}-wide-30-eps8-mix_kl-seed0", f"{wide} {schedules['30']}",
+             f"{AUTOATTACK} --batch-size 500", classes=classes)
+        for classes in (10, 100)
+    ]  # fmt: skip
+
+
+SCALES = {"cpu": cpu, "gpu": gpu}
+
+
+class OutOfTimeError(Exception):
+    """The budget is spent."""
+
+
+def call(words: list[str], log: Path, deadline: float) -> None:
+    """Run a script, its output appended to ``log``; at the deadline tell it to save and stop.
+
+    Raises:
+        OutOfTimeError: It was stopped.
+        subprocess.CalledProcessError: It failed.
+    """
+    if time.monotonic() >= deadline:
+        raise OutOfTimeError
+    with log.open("a") as out:
+        print("$", shlex.join(["python3", *words]), file=out, flush=True)
+        process = subprocess.Popen(
+            [sys.executable, *words], cwd=HERE.parent, stdout=out, stderr=subprocess.STDOUT
+        )
+        try:
+            status = process.wait(deadline - time.monotonic())
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGTERM)
+            process.wait()
+            raise OutOfTimeError from None
+    if status:
+        raise subprocess.CalledProcessError(status, words)
+
+
+def carry_out(cell: Cell, args: argparse.Namespace, deadline: float) -> None:
+    """Train and measure one cell as far as it is not done, then keep what is worth keeping.
+
+    Raises:
+        OutOfTimeError: The budget is spent; the next call goes on.
+        subprocess.CalledProcessError: A script failed; the folder's console.txt says why.
+    """
+    folder = args.out_dir / cell.name
+    folder.mkdir(parents=True, exist_ok=True)
+    shared = ["--data-dir", str(args.data_dir), "--device", args.device]
+    log, data = folder / "console.txt", "" if cell.classes == 10 else "0"
+    train = [*shlex.split(cell.train), *shlex.split(args.train_flags)]
+    if not (folder / "trained").exists():
+        words = [f"MIX_KL_CIFAR10{data}.py", *train, "--run-name", cell.name, "--resume"]
+        call([*words, "--out-dir", str(args.out_dir), *shared], log, deadline)
+        (folder / "trained").touch()
+    for file in cell.files:
+        if (folder / f"{cell.name}-{file}_model-report.json").exists():
+            continue
+        words = [f"test_cifar10{data}.py", "--model-path", str(folder / f"{file}_model.pth")]
+        words += [*shlex.split(cell.measure), *shlex.split(args.measure_flags)]
+        call([*words, "--out-dir", str(folder), *shared], log, deadline)
+    keep(folder, args.results_dir / cell.name, cell.files)
+
+
+def keep(folder: Path, target: Path, files: tuple[str, ...]) -> None:
+    """Copy what a finished cell shows to a folder of results, its weights in half precision."""
+    target.mkdir(parents=True, exist_ok=True)
+    for pattern in ("args.json", "log.csv", "curves.png", "console.txt", "*-report.json"):
+        for path in folder.glob(pattern):
+            shutil.copy(path, target / path.name.removeprefix(f"{folder.name}-"))
+    shrink.main(folder / f"{files[0]}_model.pth", target / "model.pth")
+
+
+def main() -> None:
+    """Carry out the cells of a scale until the budget is spent."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("scale", choices=SCALES)
+    parser.add_argument("--budget", type=float, default=1e6, metavar="MINUTES")
+    parser.add_argument("--only", default="*", metavar="PATTERN", help="cells by name, as long-*")
+    parser.add_argument("--list", action="store_true", help="print the cells, and do nothing")
+    parser.add_argument("--out-dir", type=Path, default=Path("output/study"))
+    parser.add_argument("--results-dir", type=Path, default=HERE)
+    parser.add_argument("--data-dir", type=Path, default=Path("cifar-data"))
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--train-flags", default="", help="more flags of every training")
+    parser.add_argument("--measure-flags", default="", help="more flags of every measurement")
+    args = parser.parse_args()
+    args.out_dir, args.data_dir = args.out_dir.resolve(), args.data_dir.resolve()
+    deadline = time.monotonic() + 60 * args.budget
+    cells = [cell for cell in SCALES[args.scale]() if fnmatch.fnmatch(cell.name, args.only)]
+    failed = []
+    for number, cell in enumerate(cells, 1):
+        print(f"{number}/{len(cells)} {cell.name}", flush=True)
+        if args.list or (args.results_dir / cell.name / "model.pth").exists():
+            continue
+        try:
+            carry_out(cell, args, deadline)
+        except OutOfTimeError:
+            print("the budget is spent; the same line goes on from here")
+            break
+        except subprocess.CalledProcessError as error:
+            failed.append(cell.name)
+            print(f"{cell.name} failed with status {error.returncode}: see its console.txt")
+    sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

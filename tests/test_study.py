@@ -1,0 +1,78 @@
+"""The study: cut off by its budget and gone on with, each cell is done once and kept whole."""
+
+import importlib.util
+import sys
+
+import pytest
+from conftest import ROOT, write_archive
+
+import checkpoint
+
+
+@pytest.fixture
+def study(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "results")
+    spec = importlib.util.spec_from_file_location("study", ROOT / "results" / "study.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "study", module)  # where its dataclass looks
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def run(study, tmp_path, monkeypatch, capsys):
+    data_dir = write_archive(tmp_path / "data", 10)
+    train = "--width 8 --epochs 2 --batch-size 20 --held-out 20 --train-images 100"
+    cells = [
+        study.Cell("tiny-mix_kl-seed0", train, "--attacks clean pgd-2", ("final", "best")),
+        study.Cell("tiny-broken-seed0", "--epochs 0", "--attacks clean"),
+    ]
+    monkeypatch.setitem(study.SCALES, "tiny", lambda: cells)
+
+    def call(*words):
+        places = {"--out-dir": "out", "--results-dir": "results"}
+        flags = [word for flag, name in places.items() for word in (flag, str(tmp_path / name))]
+        words = ["tiny", "--data-dir", str(data_dir), *flags, *words]
+        monkeypatch.setattr(sys, "argv", ["study.py", *words])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            study.main()
+        return ended.value.code, capsys.readouterr().out
+
+    return call
+
+
+@pytest.mark.slow
+def test_a_study_that_is_cut_off_goes_on_and_keeps_each_cell_once(run, tmp_path):
+    status, out = run("--budget", "0.02", "--only", "*mix_kl*")  # within the first training
+    assert status == 0 and "the budget is spent" in out
+    assert not (tmp_path / "results").exists()
+
+    status, out = run()
+    assert status == "failed: tiny-broken-seed0" and "failed with status 2" in out
+    assert (
+        "outside [1, inf]" in (tmp_path / "out" / "tiny-broken-seed0" / "console.txt").read_text()
+    )
+    kept = tmp_path / "results" / "tiny-mix_kl-seed0"
+    names = {"args.json", "console.txt", "curves.png", "log.csv", "model.pth"}
+    reports = {"final_model-report.json", "best_model-report.json"}
+    assert {path.name for path in kept.iterdir()} == names | reports
+    assert checkpoint.load(kept / "model.pth")["width"] == 8
+    console = (kept / "console.txt").read_text()
+    assert console.count("$ python3 test_cifar10.py") == 2
+
+    before = (kept / "model.pth").stat().st_mtime_ns
+    status, out = run("--only", "*mix_kl*")
+    assert status == 0 and (kept / "model.pth").stat().st_mtime_ns == before
+
+
+def test_every_cell_of_the_study_has_flags_that_its_scripts_take(study):
+    import MIX_KL_CIFAR10
+    import options
+
+    for scale in study.SCALES.values():
+        cells = scale()
+        assert len({cell.name for cell in cells}) == len(cells)
+        for cell in cells:
+            options.parse_training(cell.train.split(), "", MIX_KL_CIFAR10.DEFAULTS)
+            options.parse_measuring(["--model-path", "x", *cell.measure.split()], "")
