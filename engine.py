@@ -257,17 +257,17 @@ def train(
         while progress.epoch <= args.epochs:
             row = train_one_epoch(step, batches, progress, args, watch.after_step)
             parallel.average_(parts.statistics())
-            row |= accuracies(model, average, measure)
+            due = record.due(row["epoch"], args)
+            row |= accuracies(model, average, measure if due else record.unmeasured)
             progress.rows.append(row)
             row["collapse"] = int(record.collapsed(progress.rows))
-            score = max(row["pgd10_acc"], row.get("ema_pgd10_acc", -1))
             watch.check()
             if folder:
                 watch.attempt(partial(
                     record.epoch, folder, progress.rows, model, average and average.model, facts,
-                    is_best=score > progress.best,
+                    is_best=record.score(row) > progress.best,
                 ))  # fmt: skip
-            progress.best = max(progress.best, score)
+            progress.best = max(progress.best, record.score(row))
             print(record.line(row, args.epochs), flush=True)
             progress.next_epoch()
             watch.after_epoch()

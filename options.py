@@ -174,6 +174,8 @@ def add_run(parser: Parser) -> None:
     add("--held-out", type=count(), default=1000, metavar="N", help="training images kept aside "
         "for the log and to choose the best epoch (default %(default)s)")
     add("--train-images", type=count(2), metavar="N", help="train on N images (default: all)")
+    add("--measure-every", type=count(), default=1, metavar="N",
+        help="measure each N-th epoch, and the last (default %(default)s)")
     add("--early-stop", action="store_true", help="stop when the run collapses")
     add("--resume", nargs="?", const="auto", metavar="PATH", help="go on from the newest whole "
         "state of this run, or start it where there is none; or from the state at PATH")

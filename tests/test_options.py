@@ -13,8 +13,8 @@ import options
 TRAINING = """allow_changed alpha attack_mode attack_steps attack_target attack_temperature baseline
 batch_size compile data_dir debug
 delta_init device early_stop ema_decay ema_value epochs epsilon factor hard_term held_out help
-kl_gradient kl_reference kl_weight label_smoothing lamda lr lr_min lr_peak lr_schedule mixup_alpha
-model momentum out_dir overwrite precision resume run_name save_every seed synthetic
+kl_gradient kl_reference kl_weight label_smoothing lamda lr lr_min lr_peak lr_schedule measure_every
+mixup_alpha model momentum out_dir overwrite precision resume run_name save_every seed synthetic
 temperature train_images weight_decay width"""
 MEASURING = """attacks batch_size cascade compare data_dir debug device eps epsilon export help
 model model_path n_examples normalize out_dir pictures seed synthetic transfer_from weights width"""
@@ -67,6 +67,7 @@ def test_sizes_are_in_units_of_1_255(text, value):
     ("--epsilon x", "invalid pixels value"),
     ("--epochs 0", "argument --epochs: 0: outside"),
     ("--epochs 1.5", "argument --epochs"),
+    ("--measure-every 0", "argument --measure-every: 0: outside"),
     ("--lr inf", "argument --lr"),
     ("--lr nan", "argument --lr"),
     ("--temperature 0", "temperatures are above 0"),
