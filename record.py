@@ -82,6 +82,16 @@ def measured(rows: list[dict[str, float]]) -> list[dict[str, float]]:
     return [row for row in rows if row["pgd10_acc"] is not None]
 
 
+def live(rows: list[dict[str, float]]) -> list[dict[str, float]]:
+    """Return the rows of the epochs that the weights went through: none that a rollback undid."""
+    kept = []
+    for row in rows:
+        kept.append(row)
+        if row.get("rollback_to") is not None:
+            kept = [one for one in kept if one["epoch"] <= row["rollback_to"]]
+    return kept
+
+
 def score(row: dict[str, float]) -> float:
     """Return what chooses the best epoch: PGD-10 accuracy, raw or averaged; -1 if unmeasured."""
     found = row["pgd10_acc"], row.get("ema_pgd10_acc")
@@ -95,7 +105,7 @@ def collapsed(rows: list[dict[str, float]]) -> bool:
     epochs (and more than ``COLLAPSE_FLOOR``), and FGSM accuracy has not: where that fell as well,
     PGD accuracy must have kept less than half of the share that FGSM accuracy kept.
     """
-    *before, now = rows
+    *before, now = live(rows)
     before = measured(before)
     if not before or not measured([now]):
         return False
@@ -122,7 +132,7 @@ def line(row: dict[str, float], epochs: int) -> str:
 def write_log(path: Path, rows: list[dict[str, float]]) -> None:
     """Write all epochs to the CSV log, so that rows of a run that was cut short do not stay."""
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, rows[0].keys())
+    writer = csv.DictWriter(text, dict.fromkeys(key for row in rows for key in row))
     writer.writeheader()
     writer.writerows(rows)
     files.write_text(path, text.getvalue())
@@ -140,7 +150,8 @@ def epoch(
     """Write log and curves, and save the last epoch as the final and perhaps as the best."""
     row = rows[-1]
     write_log(folder / "log.csv", rows)
-    plots.curves(rows, folder / "curves.png")
+    collapses = [row["epoch"] for row in rows if row["collapse"]]
+    plots.curves(live(rows), collapses, folder / "curves.png")
     metrics = {key: value for key, value in row.items() if value is not None}
     saved = facts | {"epoch": row["epoch"], "metrics": metrics, "raw": model.state_dict()}
     saved |= {"ema": average.state_dict()} if average else {}
