@@ -157,6 +157,15 @@ def test_after_a_rollback_all_is_as_it_was_at_the_end_of_the_healthy_epoch(run):
     assert done.column("epoch") == list("123434545")
 
 
+def test_a_state_that_a_rollback_undid_is_no_place_to_go_back_to(run):
+    pgd = [0.4, 0.38, 0.25, 0.02, 0.3, 0.01, 0.3, 0.3, 0.3]  # 1-4, 3-4, 3-5 from epoch 2 on
+    done = run("undone", pgd, "--on-collapse", "rollback").go()
+    assert done.column("epoch") == list("123434345")
+    assert done.column("rollback_to") == ["", "", "", "2", "", "2", "", "", ""]
+    healthy = resume.load(done.folder / resume.NAME)["progress"]["healthy"]
+    assert [state["epoch"] for state in healthy] == [4, 5]
+
+
 def test_a_rollback_puts_the_scale_of_the_loss_back():
     model, args = SmallNet(), flags("--on-collapse", "rollback")
     _, parts = engine.prepare(model, Batches(torch.zeros(128, 3, 32, 32), torch.zeros(128)), args)
