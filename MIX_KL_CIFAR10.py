@@ -66,10 +66,11 @@ def run(args: argparse.Namespace, name: str, device: torch.device) -> None:
     model = model.to(device, memory_format=torch.channels_last)
 
     # From here on sizes are pixel fractions: this is the only place that divides by 255.
-    epsilon, alpha = args.epsilon / 255, args.alpha / 255
-    attack = partial(
-        attacks.craft, epsilon=epsilon, alpha=alpha, steps=args.attack_steps, start=args.delta_init
-    )
+    epsilon, steps = args.epsilon / 255, args.attack_steps
+
+    def attack_of(size: float, start: str) -> engine.Attack:
+        return partial(attacks.craft, epsilon=epsilon, alpha=size / 255, steps=steps, start=start)
+
     names = {"clean": "clean", "fgsm": "fgsm", "pgd10": "pgd-10"}
     settings = evaluation.Settings(epsilon=epsilon, batch_size=250, seed=0)
     x, y = held_out.as_float(), held_out.labels
@@ -83,8 +84,8 @@ def run(args: argparse.Namespace, name: str, device: torch.device) -> None:
     print(f"{args.method} on {len(batches.labels):,} images of {dataset.name} ({dataset.origin}), "
           f"{name}, {machine}; results in {folder}")  # fmt: skip
     engine.train(
-        model, batches, attack=attack, measure=measure, args=args, facts=facts, folder=folder,
-        state=state,
+        model, batches, attack_of=attack_of, measure=measure, args=args, facts=facts,
+        folder=folder, state=state,
     )  # fmt: skip
 
 

@@ -17,10 +17,12 @@ import keeper
 import parallel
 import record
 import resume
+import rollback
 import utils
 
 # (model, images, loss of the logits) -> adversarial images and the detached logits of the start
 Attack = Callable[[nn.Module, Tensor, Callable[[Tensor], Tensor]], tuple[Tensor, Tensor]]
+Step = Callable[[Tensor, Tensor], Tensor]  # indices of images, a row of ``plan`` -> the loss terms
 Measure = Callable[[nn.Module], dict[str, float]]  # model -> accuracy by attack, in [0, 1]
 
 
@@ -95,8 +97,8 @@ def whole_step(
     *,
     attack: Attack,
     args: Namespace,
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return one training step: indices of images and a row of ``plan`` in, the loss terms out.
+) -> Step:
+    """Return one training step.
 
     Nothing in the step waits for the device, so that a CUDA graph can hold it.
     """
@@ -143,7 +145,7 @@ def plan(
 
 
 def train_one_epoch(
-    step: Callable[[Tensor, Tensor], Tensor],
+    step: Step,
     batches,
     progress: resume.Progress,
     args: Namespace,
@@ -184,9 +186,11 @@ def accuracies(
 
 
 def prepare(
-    model: nn.Module, batches, *, attack: Attack, args: Namespace
-) -> tuple[Callable[[Tensor, Tensor], Tensor], resume.Parts]:
-    """Return the training step of ``model``, captured where ``--compile`` says so, and its parts.
+    model: nn.Module, batches, args: Namespace
+) -> tuple[Callable[[Attack], Step], resume.Parts]:
+    """Return what builds the training step of ``model`` from an attack, and the step's parts.
+
+    The step is captured where ``--compile`` says so; another attack needs another step.
 
     Raises:
         ValueError: ``--batch-size`` cannot be shared, or ``--compile`` asks for what is not there.
@@ -209,21 +213,28 @@ def prepare(
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     half = args.dtype == torch.float16  # of small range: the loss is scaled to keep gradients in it
     scaler = torch.amp.GradScaler(device.type, enabled=half)
-    step = whole_step(replica, average, optimizer, batches.load, scaler, attack=attack, args=args)
-    parts, untouched = resume.Parts(model, average, optimizer, scaler), scaler.state_dict()
+    parts = resume.Parts(model, average, optimizer, scaler)
     model.train()
-    if alone_on_gpu and args.compile != "off":
-        example = torch.arange(args.batch_size, device=device), torch.ones(5, device=device)
-        step = graph.captured(step, example, parts.tensors())
-        scaler.load_state_dict(untouched)
-    return step, parts
+
+    def build(attack: Attack) -> Step:
+        step = whole_step(
+            replica, average, optimizer, batches.load, scaler, attack=attack, args=args
+        )
+        if alone_on_gpu and args.compile != "off":
+            example = torch.arange(args.batch_size, device=device), torch.ones(5, device=device)
+            untouched = scaler.state_dict()
+            step = graph.captured(step, example, parts.tensors())
+            scaler.load_state_dict(untouched)
+        return step
+
+    return build, parts
 
 
 def train(
     model: nn.Module,
     batches,
     *,
-    attack: Attack,
+    attack_of: Callable[[float, str], Attack],
     measure: Measure,
     args: Namespace,
     facts: dict[str, object],
@@ -236,7 +247,8 @@ def train(
         model: Network on its device.
         batches: Has a length, ``shuffled(rng)``: the (len, B) indices of an epoch, and
             ``load(index)``: images in [0, 1] and their labels.
-        attack: Makes the adversarial images of a step.
+        attack_of: Makes the attack of a step from ``--alpha`` and ``--delta-init``, which a
+            rollback changes.
         measure: Returns ``clean``, ``fgsm`` and ``pgd10`` accuracy on held-out images; PGD-10
             accuracy chooses the best epoch, and raw or averaged weights.
         args: All flags.
@@ -248,32 +260,32 @@ def train(
         keeper.DivergedError: Loss or weights are not finite any more.
         SystemExit: A signal told the run to stop; its state is saved.
     """
-    step, parts = prepare(model, batches, attack=attack, args=args)
-    progress, average = resume.Progress(), parts.average
-    if state:
-        progress = resume.restored(state, parts, args)
+    build, parts = prepare(model, batches, args)
+    progress = resume.restored(state, parts, args) if state else resume.Progress()
+    average, step = parts.average, None
     watch = keeper.Keeper(folder, parts, progress, args, len(batches))
     with watch.listening():
-        while progress.epoch <= args.epochs:
+        while progress.epoch <= args.epochs and not rollback.stopped(progress, args):
+            step = step or build(attack_of(*rollback.remedy(args, progress.rollbacks)))
             row = train_one_epoch(step, batches, progress, args, watch.after_step)
             parallel.average_(parts.statistics())
-            row |= accuracies(model, average, measure)
+            due = record.due(row["epoch"], args)
+            row |= accuracies(model, average, measure if due else record.unmeasured)
             progress.rows.append(row)
             row["collapse"] = int(record.collapsed(progress.rows))
-            score = max(row["pgd10_acc"], row.get("ema_pgd10_acc", -1))
+            row |= rollback.columns(progress, args)
             watch.check()
             if folder:
                 watch.attempt(partial(
                     record.epoch, folder, progress.rows, model, average and average.model, facts,
-                    is_best=score > progress.best,
+                    is_best=record.score(row) > progress.best,
                 ))  # fmt: skip
-            progress.best = max(progress.best, score)
+            progress.best = max(progress.best, record.score(row))
             print(record.line(row, args.epochs), flush=True)
+            if rollback.follow(progress, parts, args):
+                step = None  # a captured one gives its memory back before the next is recorded
             progress.next_epoch()
             watch.after_epoch()
-            if row["collapse"] and args.early_stop:
-                print(
-                    f"stopped after epoch {row['epoch']}: --early-stop, and the run has collapsed"
-                )
-                break
     watch.close()
+    if reason := rollback.stopped(progress, args):
+        print(f"stopped after epoch {progress.rows[-1]['epoch']}: {reason}", flush=True)

@@ -44,7 +44,9 @@ class Keeper:
         self.saved = time.monotonic()
         if folder:
             size = sum(t.numel() * t.element_size() for t in parts.tensors())
-            needed, free = 6 * size, shutil.disk_usage(folder).free  # three files, each twice
+            # Three files, each twice; a state that holds two healthy ones is as large as three.
+            needed = (12 if args.on_collapse == "rollback" else 6) * size
+            free = shutil.disk_usage(folder).free
             if free < needed:
                 raise ValueError(
                     f"{folder}: {free / 1e6:,.0f} MB free, the run needs {needed / 1e6:,.0f} MB; "

@@ -19,9 +19,10 @@ BASELINES = {
         hard_term="clean", kl_weight=6.0, kl_reference="clean", kl_gradient="both",
     ),
 }  # fmt: skip
-REPLACED = {  # flags of the published scripts whose meaning did not survive the right formulas
-    "lamda": "--kl-weight (the published quotient is no divergence: other numbers fit)",
-    "ema_value": "--ema-decay (the average is updated at every step, without a gate)",
+REPLACED = {  # flags of the published scripts that others replace here
+    "--lamda": "--kl-weight (the published quotient is no divergence: other numbers fit)",
+    "--EMA-value": "--ema-decay (the average is updated at every step, without a gate)",
+    "--early-stop": "--on-collapse stop",
 }
 
 
@@ -174,15 +175,19 @@ def add_run(parser: Parser) -> None:
     add("--held-out", type=count(), default=1000, metavar="N", help="training images kept aside "
         "for the log and to choose the best epoch (default %(default)s)")
     add("--train-images", type=count(2), metavar="N", help="train on N images (default: all)")
-    add("--early-stop", action="store_true", help="stop when the run collapses")
+    add("--measure-every", type=count(), default=1, metavar="N",
+        help="measure each N-th epoch, and the last (default %(default)s)")
+    add("--on-collapse", choices=("warn", "stop", "rollback"), default="warn",
+        help="go on, end the run, or go back to the last healthy epoch and on with a gentler "
+        "attack, at most 5 times: noise start, then 3/4 of alpha (default %(default)s)")
     add("--resume", nargs="?", const="auto", metavar="PATH", help="go on from the newest whole "
         "state of this run, or start it where there is none; or from the state at PATH")
     add("--allow-changed", action="store_true",
         help="go on although flags that change the mathematics have changed")
     add("--save-every", type=number(0), default=15.0, metavar="MINUTES",
         help="save the state within an epoch as well (default %(default)g)")
-    add("--lamda", type=float, help=argparse.SUPPRESS)
-    add("--EMA-value", type=float, dest="ema_value", help=argparse.SUPPRESS)
+    for flag in REPLACED:
+        add(flag, nargs="?", const=True, help=argparse.SUPPRESS)
 
 
 # fmt: on
@@ -199,10 +204,9 @@ def training_parser(doc: str, defaults: dict[str, object]) -> Parser:
     parser = Parser(description=doc.split("\n\n")[0], allow_abbrev=False)
     for add in (add_method, add_optimisation, add_run, add_shared):
         add(parser)
-    known = {action.dest for action in parser._actions}
-    unknown = [key for key in defaults if key not in known]
+    unknown = defaults.keys() - {action.dest for action in parser._actions}
     if unknown:
-        raise KeyError(f"no flag sets {unknown[0]}")
+        raise KeyError(f"no flag sets {min(unknown)}")
     parser.set_defaults(**defaults)
     return parser
 
@@ -218,9 +222,9 @@ def parse_training(argv: list[str], doc: str, defaults: dict[str, object]) -> ar
     if args.baseline:
         parser.set_defaults(**BASELINES[args.baseline])
         args = parser.parse_args(argv)
-    for name, replacement in REPLACED.items():
-        if vars(args).pop(name) is not None:
-            print(f"note: --{name} has no effect; {replacement} replaces it", file=sys.stderr)
+    for flag, replacement in REPLACED.items():
+        if vars(args).pop(flag[2:].replace("-", "_")) is not None:
+            print(f"note: {flag} has no effect; {replacement} replaces it", file=sys.stderr)
     ratio = vars(args).pop("alpha_ratio")
     args.alpha = args.epsilon * ratio if args.alpha is None else args.alpha
     args.attack_temperature = args.attack_temperature or args.temperature

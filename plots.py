@@ -3,11 +3,12 @@
 from pathlib import Path
 
 
-def curves(rows: list[dict[str, float]], path: Path) -> None:
+def curves(rows: list[dict[str, float]], collapses: list[int], path: Path) -> None:
     """Draw held-out accuracy, loss and learning rate over the epochs of a run.
 
     Args:
-        rows: Rows of ``log.csv``, accuracies in [0, 1].
+        rows: Rows of ``log.csv``, accuracies in [0, 1], or None where an epoch was not measured.
+        collapses: Epochs that collapsed, also such as are not among the rows.
         path: PNG file to write.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -17,15 +18,17 @@ def curves(rows: list[dict[str, float]], path: Path) -> None:
     FigureCanvasAgg(figure)
     accuracy, loss = figure.subplots(1, 2, width_ratios=(3, 2))
     epochs = [row["epoch"] for row in rows]
+    measured = [row for row in rows if row["pgd10_acc"] is not None]
+    at = [row["epoch"] for row in measured]
     shown = {"clean": ("clean", "tab:blue"), "fgsm": ("FGSM", "tab:orange")}
     for key, (name, color) in (shown | {"pgd10": ("PGD-10", "tab:green")}).items():
         accuracy.plot(
-            epochs, [100 * row[f"{key}_acc"] for row in rows], "o-", ms=3, c=color, label=name
+            at, [100 * row[f"{key}_acc"] for row in measured], "o-", ms=3, c=color, label=name
         )
         if f"ema_{key}_acc" in rows[0]:
-            averaged = [100 * row[f"ema_{key}_acc"] for row in rows]
-            accuracy.plot(epochs, averaged, "--", c=color, label=f"{name}, averaged")
-    for number, epoch in enumerate(row["epoch"] for row in rows if row["collapse"]):
+            averaged = [100 * row[f"ema_{key}_acc"] for row in measured]
+            accuracy.plot(at, averaged, "--", c=color, label=f"{name}, averaged")
+    for number, epoch in enumerate(collapses):
         label = "collapse" if number == 0 else None
         accuracy.axvline(epoch, c="tab:red", lw=6, alpha=0.3, label=label)
     accuracy.set(xlabel="epoch", ylabel="held-out accuracy [%]", ylim=(0, None))

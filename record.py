@@ -13,6 +13,7 @@ import files
 import plots
 
 COLLAPSE_FLOOR = 0.05  # a fall of fewer points than this is noise on 1,000 images
+MEASURED = {"clean": "clean", "fgsm": "FGSM", "pgd10": "PGD-10"}  # accuracies, as log and line say
 
 
 def start_run(args: Namespace, default: str, state: Path | None) -> Path:
@@ -66,15 +67,47 @@ def run_folder(out_dir: Path, name: str | None, default: str, overwrite: bool) -
     raise ValueError(f"{out_dir}: too many runs")
 
 
+def due(epoch: int, args: Namespace) -> bool:
+    """Return whether an epoch is measured: each ``--measure-every``-th, and the last."""
+    return epoch % args.measure_every == 0 or epoch == args.epochs
+
+
+def unmeasured(_: nn.Module) -> dict[str, None]:
+    """Measure nothing: the accuracies of an epoch that is not due, empty in the log."""
+    return dict.fromkeys(MEASURED)
+
+
+def measured(rows: list[dict[str, float]]) -> list[dict[str, float]]:
+    """Return the rows that hold accuracies."""
+    return [row for row in rows if row["pgd10_acc"] is not None]
+
+
+def live(rows: list[dict[str, float]]) -> list[dict[str, float]]:
+    """Return the rows of the epochs that the weights went through: none that a rollback undid."""
+    kept = []
+    for row in rows:
+        kept.append(row)
+        if row.get("rollback_to") is not None:
+            kept = [one for one in kept if one["epoch"] <= row["rollback_to"]]
+    return kept
+
+
+def score(row: dict[str, float]) -> float:
+    """Return what chooses the best epoch: PGD-10 accuracy, raw or averaged; -1 if unmeasured."""
+    found = row["pgd10_acc"], row.get("ema_pgd10_acc")
+    return max((value for value in found if value is not None), default=-1.0)
+
+
 def collapsed(rows: list[dict[str, float]]) -> bool:
     """Return whether the last epoch shows catastrophic overfitting in the raw weights.
 
-    It does where held-out PGD accuracy has lost more than half of its best within two epochs (and
-    more than ``COLLAPSE_FLOOR``), and FGSM accuracy has not: where that fell as well, PGD accuracy
-    must have kept less than half of the share that FGSM accuracy kept.
+    It does where held-out PGD accuracy has lost more than half of its best within two measured
+    epochs (and more than ``COLLAPSE_FLOOR``), and FGSM accuracy has not: where that fell as well,
+    PGD accuracy must have kept less than half of the share that FGSM accuracy kept.
     """
-    *before, now = rows
-    if not before:
+    *before, now = live(rows)
+    before = measured(before)
+    if not before or not measured([now]):
         return False
     best = max(before[-2:], key=lambda row: row["pgd10_acc"])
     fgsm_kept = min(1, now["fgsm_acc"] / best["fgsm_acc"]) if best["fgsm_acc"] else 1
@@ -86,13 +119,12 @@ def line(row: dict[str, float], epochs: int) -> str:
     """Return what is printed of an epoch."""
 
     def percentages(prefix: str) -> str:
-        names = {"clean": "clean", "fgsm": "FGSM", "pgd10": "PGD-10"}
-        return "  ".join(f"{shown} {row[f'{prefix}{n}_acc']:6.2%}" for n, shown in names.items())
+        return "  ".join(f"{name} {row[f'{prefix}{k}_acc']:6.2%}" for k, name in MEASURED.items())
 
-    text = f"epoch {row['epoch']:3d}/{epochs}  lr {row['lr']:.4f}  loss {row['loss']:.4f}  "
-    text += f"held-out {percentages('')}"
-    if "ema_clean_acc" in row:
-        text += f"  averaged {percentages('ema_')}"
+    text = f"epoch {row['epoch']:3d}/{epochs}  lr {row['lr']:.4f}  loss {row['loss']:.4f}"
+    if measured([row]):
+        text += f"  held-out {percentages('')}"
+        text += f"  averaged {percentages('ema_')}" if "ema_clean_acc" in row else ""
     text += f"  {row['train_seconds'] + row['eval_seconds']:.0f} s"
     return text + ("  COLLAPSE: catastrophic overfitting" if row["collapse"] else "")
 
@@ -100,7 +132,7 @@ def line(row: dict[str, float], epochs: int) -> str:
 def write_log(path: Path, rows: list[dict[str, float]]) -> None:
     """Write all epochs to the CSV log, so that rows of a run that was cut short do not stay."""
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, rows[0].keys())
+    writer = csv.DictWriter(text, dict.fromkeys(key for row in rows for key in row))
     writer.writeheader()
     writer.writerows(rows)
     files.write_text(path, text.getvalue())
@@ -118,11 +150,13 @@ def epoch(
     """Write log and curves, and save the last epoch as the final and perhaps as the best."""
     row = rows[-1]
     write_log(folder / "log.csv", rows)
-    plots.curves(rows, folder / "curves.png")
-    selected = "ema" if row.get("ema_pgd10_acc", -1) >= row["pgd10_acc"] else "raw"
-    saved = facts | {"epoch": row["epoch"], "metrics": row, "raw": model.state_dict()}
+    collapses = [row["epoch"] for row in rows if row["collapse"]]
+    plots.curves(live(rows), collapses, folder / "curves.png")
+    metrics = {key: value for key, value in row.items() if value is not None}
+    saved = facts | {"epoch": row["epoch"], "metrics": metrics, "raw": model.state_dict()}
     saved |= {"ema": average.state_dict()} if average else {}
     if is_best:
+        selected = "ema" if row.get("ema_pgd10_acc", -1) >= row["pgd10_acc"] else "raw"
         checkpoint.save(folder / "best_model.pth", saved | {"selected": selected})
     final = "ema" if average else "raw"
     checkpoint.save(folder / "final_model.pth", saved | {"selected": final})

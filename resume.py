@@ -23,10 +23,10 @@ import utils
 
 SCHEMA = "mix-kl-state/1"
 NAME = "state.pth"
-# Flags that leave the mathematics alone; all others must be as they were.
+# Flags that leave the mathematics and the log alone; all others must be as they were.
 FREE = {
-    "allow_changed", "compile", "data_dir", "debug", "device", "early_stop", "out_dir", "overwrite",
-    "resume", "run_name", "save_every",
+    "allow_changed", "compile", "data_dir", "debug", "device", "out_dir", "overwrite", "resume",
+    "run_name", "save_every",
 }  # fmt: skip
 
 
@@ -64,6 +64,8 @@ class Progress:
     seconds: float = 0.0  # spent in them
     best: float = -1.0  # highest held-out PGD-10 accuracy, raw or averaged
     rows: list[dict[str, float]] = field(default_factory=list)  # of the log
+    rollbacks: int = 0  # done so far: what the attack is now follows from their number
+    healthy: list[dict[str, object]] = field(default_factory=list)  # states to go back to
 
     def next_epoch(self) -> None:
         """Begin the next epoch."""
@@ -71,6 +73,26 @@ class Progress:
 
 
 # ------------------------------------------------------------------------------------ states, files
+
+
+def learned(parts: Parts) -> dict[str, object]:
+    """Return weights, average, momentum and scaler, not copied."""
+    return {
+        "raw": parts.model.state_dict(), "momentum": parts.momentum(),
+        "ema": parts.average.model.state_dict() if parts.average else None,
+        "scaler": parts.scaler.state_dict(),
+    }  # fmt: skip
+
+
+def put_learned(state: dict[str, object], parts: Parts) -> None:
+    """Bring weights, average, momentum and scaler, in place, to what ``learned`` saw."""
+    parts.model.load_state_dict(state["raw"])
+    if parts.average:
+        parts.average.model.load_state_dict(state["ema"])
+    parts.scaler.load_state_dict(state["scaler"])
+    with torch.no_grad():
+        for mine, kept in zip(parts.momentum(), state["momentum"], strict=True):
+            mine.copy_(kept)
 
 
 def taken(parts: Parts, progress: Progress, args: Namespace) -> dict[str, object]:
@@ -87,24 +109,16 @@ def taken(parts: Parts, progress: Progress, args: Namespace) -> dict[str, object
         mine["cuda"] = torch.cuda.get_rng_state(device)
     return {
         "schema": SCHEMA, "args": checkpoint.plain(args), "commit": checkpoint.commit(),
-        "raw": parts.model.state_dict(), "momentum": parts.momentum(),
-        "ema": parts.average.model.state_dict() if parts.average else None,
-        "scaler": parts.scaler.state_dict(),
         "progress": vars(progress) | {"sums": 0}, "processes": parallel.gathered(mine),
-    }  # fmt: skip
+    } | learned(parts)  # fmt: skip
 
 
 def put_back(state: dict[str, object], parts: Parts) -> Progress:
     """Bring model, average, optimizer and random states to what ``taken`` saw; return how far."""
     device = next(parts.model.parameters()).device
-    parts.model.load_state_dict(state["raw"])
-    if parts.average:
-        parts.average.model.load_state_dict(state["ema"])
-    parts.scaler.load_state_dict(state["scaler"])
+    put_learned(state, parts)
     progress = Progress(**state["progress"])
     with torch.no_grad():
-        for mine, kept in zip(parts.momentum(), state["momentum"], strict=True):
-            mine.copy_(kept)
         if parallel.rank() < len(state["processes"]):
             process = state["processes"][parallel.rank()]
             for mine, kept in zip(parts.statistics(), process["statistics"], strict=True):

@@ -88,9 +88,8 @@ def control() -> list[str]:
     for rows in zip(*both, strict=True):
         cells = []
         for row in rows:
-            cells += [
-                f"{100 * float(row[f'{name}_acc']):.1f}" for name in ("clean", "fgsm", "pgd10")
-            ]
+            found = [row[f"{name}_acc"] for name in ("clean", "fgsm", "pgd10")]
+            cells += [f"{100 * float(value):.1f}" if value else "" for value in found]
             cells.append("collapse" if row["collapse"] == "1" else "")
         lines.append(f"| {rows[0]['epoch']} | {' | '.join(cells)} |")
     return lines

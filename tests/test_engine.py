@@ -29,10 +29,10 @@ def flags(*words):
     return args
 
 
-def attack_of(args):
+def attack_of(args, alpha=None, start=None):
     return partial(
-        attacks.craft, epsilon=args.epsilon / 255, alpha=args.alpha / 255,
-        steps=args.attack_steps, start=args.delta_init,
+        attacks.craft, epsilon=args.epsilon / 255, alpha=(alpha or args.alpha) / 255,
+        steps=args.attack_steps, start=start or args.delta_init,
     )  # fmt: skip
 
 
@@ -233,7 +233,8 @@ def test_every_weight_learns_under_autocast(reference, dtype, batch):
     args = flags("--kl-reference", reference, "--epochs", "1", "--batch-size", "32")
     args.dtype = dtype
     before = {key: value.clone() for key, value in model.named_parameters()}
-    step, _ = engine.prepare(model, Batches(*batch), attack=attack_of(args), args=args)
+    build, _ = engine.prepare(model, Batches(*batch), args)
+    step = build(attack_of(args))
     row = engine.train_one_epoch(step, Batches(*batch), resume.Progress(), args)
     assert all(not torch.equal(value, before[key]) for key, value in model.named_parameters())
     assert row["loss"] == pytest.approx(row["hard_loss"] + 4 * row["kl"], rel=1e-3)
@@ -264,7 +265,8 @@ def test_nothing_in_a_step_waits_for_the_device(words, batch):
     batches = data.TrainingBatches(
         data.Images((batch[0].permute(0, 2, 3, 1) * 255).byte(), batch[1]), 32
     )
-    step, _ = engine.prepare(model, batches, attack=attack_of(args), args=args)
+    build, _ = engine.prepare(model, batches, args)
+    step = build(attack_of(args))
     with Waits() as waits:
         step(torch.arange(32), torch.ones(5))
     assert waits.seen == []
@@ -280,6 +282,7 @@ def test_only_the_training_pass_records_statistics(batch):
 
 
 def rows_of(pgd, fgsm=None):
+    """Rows of a log by their PGD and FGSM accuracies; None where an epoch was not measured."""
     fgsm = fgsm or [0.5] * len(pgd)
     return [{"pgd10_acc": p, "fgsm_acc": f} for p, f in zip(pgd, fgsm, strict=True)]
 
@@ -294,6 +297,10 @@ def rows_of(pgd, fgsm=None):
     ([0.04, 0.00], None, False),  # noise
     ([0.10, 0.20, 0.30], None, False),
     ([0.00], None, False),
+    ([0.40, None, 0.42, None, None], None, False),  # the last one was not measured
+    ([0.40, None, None, 0.25, None, 0.15], None, True),  # within two measured epochs
+    ([0.40, None, 0.33, None, 0.27, None, 0.19], None, False),  # the best is three of them ago
+    ([None, None, 0.30], None, False),
 ])  # fmt: skip
 def test_a_collapse_is_announced_and_nothing_else_is(pgd, fgsm, verdict):
     assert record.collapsed(rows_of(pgd, fgsm)) is verdict
@@ -310,7 +317,7 @@ def tiny_run(tmp_path, batch):
         measured = iter(pgd or [])
 
         def measure(net):
-            with torch.no_grad():
+            with torch.no_grad(), attacks.measuring(net, batch[0]):
                 clean = (net(batch[0]).argmax(1) == batch[1]).float().mean().item()
             return {"clean": clean, "fgsm": 0.5, "pgd10": next(measured, 0.25)}
 
@@ -319,7 +326,7 @@ def tiny_run(tmp_path, batch):
             "mean": (0.5, 0.5, 0.5), "std": (1.0, 1.0, 1.0),
         }  # fmt: skip
         engine.train(
-            model, Batches(*batch), attack=attack_of(args), measure=measure, args=args,
+            model, Batches(*batch), attack_of=partial(attack_of, args), measure=measure, args=args,
             facts=facts, folder=folder,
         )  # fmt: skip
         with (folder / "log.csv").open() as file:
@@ -346,22 +353,58 @@ def test_a_run_leaves_log_curves_and_checkpoints(tiny_run):
     assert not torch.equal(final["raw"]["conv1.weight"], final["ema"]["conv1.weight"])
 
 
-def test_the_same_seed_gives_the_same_log_but_for_seconds(tiny_run):
-    def without_seconds(rows):
-        return [{k: v for k, v in row.items() if not k.endswith("seconds")} for row in rows]
+def test_epochs_that_are_not_due_are_trained_alike_and_leave_their_accuracies_empty(
+    tiny_run, capsys, monkeypatch
+):
+    import checkpoint
 
+    drawn = []
+    monkeypatch.setattr("plots.curves", lambda rows, collapses, path: drawn.append(len(rows)))
+    words = ["--epochs", "5", "--ema-decay", "0.9"]
+    _, every, whole = tiny_run("every", *words)
+    capsys.readouterr()
+    pgd = [0.4, 0.3, 0.2, 0.1, 0.3, 0.3]  # epochs 2, 4, 5: raw and averaged by turns
+    folder, rows, model = tiny_run("second", *words, "--measure-every", "2", pgd=pgd)
+    accuracies = [key for key in rows[0] if key.endswith("_acc")]
+    assert (
+        len(accuracies) == 6 and rows[0].keys() == every[0].keys() and drawn[-5:] == [*range(1, 6)]
+    )
+    for row, full in zip(rows, every, strict=True):
+        measured = row["epoch"] in "245"
+        assert all((row[key] != "") is measured for key in accuracies)
+        assert (row["loss"], row["lr"], row["kl"]) == (full["loss"], full["lr"], full["kl"])
+        assert row["collapse"] == "0"
+    assert all(map(torch.equal, whole.state_dict().values(), model.state_dict().values()))
+    shown = capsys.readouterr().out.splitlines()
+    assert ["PGD-10" in line for line in shown] == [False, True, False, True, True]
+    assert checkpoint.load(folder / "best_model.pth")["epoch"] == 2
+    assert checkpoint.load(folder / "final_model.pth")["epoch"] == 5
+
+
+def test_a_run_that_ends_in_an_unmeasured_epoch_leaves_a_checkpoint_that_opens(tmp_path):
+    import checkpoint
+
+    row = dict.fromkeys(("clean_acc", "fgsm_acc", "pgd10_acc")) | dict(
+        epoch=1, lr=0.1, loss=2.0, hard_loss=2.0, kl=0.0, collapse=0
+    )
+    facts = dict(model="small", num_classes=10, dataset="none", width=None,
+                 mean=(0.5, 0.5, 0.5), std=(1.0, 1.0, 1.0))  # fmt: skip
+    record.epoch(tmp_path, [row], SmallNet(), None, facts, is_best=False)
+    final = checkpoint.load(tmp_path / "final_model.pth")
+    assert final["metrics"]["loss"] == 2.0 and "clean_acc" not in final["metrics"]
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "best_model.pth").exists()
+
+
+def without_seconds(rows):
+    return [{k: v for k, v in row.items() if not k.endswith("seconds")} for row in rows]
+
+
+def test_the_same_seed_gives_the_same_log_but_for_seconds(tiny_run):
     first, second, other = (
         without_seconds(tiny_run(str(i), "--seed", seed)[1]) for i, seed in enumerate("001")
     )
     assert first == second != other
-
-
-def test_early_stop_stops_at_the_collapse_and_says_so(tiny_run, capsys):
-    _, rows, _ = tiny_run("stop", "--early-stop", "--ema-decay", "0", pgd=[0.4, 0.0, 0.0])
-    shown = capsys.readouterr().out
-    assert [row["collapse"] for row in rows] == ["0", "1"]
-    assert "COLLAPSE: catastrophic overfitting" in shown and "stopped after epoch 2" in shown
-    assert "ema_clean_acc" not in rows[0]
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tiny_run):
@@ -381,8 +424,15 @@ def test_the_line_of_an_epoch_shows_percentages():
     row = dict(epoch=2, lr=0.1, loss=1.5, clean_acc=0.5, fgsm_acc=0.25, pgd10_acc=0.125,
                train_seconds=10, eval_seconds=2, collapse=0)  # fmt: skip
     shown = record.line(row, 9)
-    assert "epoch   2/9" in shown and "PGD-10 12.50%" in shown and "12 s" in shown
+    assert (
+        "held-out clean 50.00%" in shown
+        and "epoch   2/9" in shown
+        and "PGD-10 12.50%" in shown
+        and "12 s" in shown
+    )
     assert "averaged" not in shown and "COLLAPSE" not in shown
+    shown = record.line(row | dict(clean_acc=None, fgsm_acc=None, pgd10_acc=None), 9)
+    assert shown == "epoch   2/9  lr 0.1000  loss 1.5000  12 s"
 
 
 def test_engine_flags_need_nothing_else(batch):
@@ -405,7 +455,8 @@ def losses_on_a_gpu(compile_, batch, steps=6):
     args = flags("--compile", compile_, "--batch-size", "32", "--attack-mode", "train")
     torch.manual_seed(0)
     model = build_model("PreActResNet18", num_classes=10, width=8).cuda()
-    step, _ = engine.prepare(model, batches, attack=attack_of(args), args=args)
+    build, _ = engine.prepare(model, batches, args)
+    step = build(attack_of(args))
     torch.manual_seed(1)
     index = torch.arange(32, device="cuda")
     row = torch.tensor([0.05, 2.0, 2.0, 0.7, 0.1], device="cuda")
@@ -428,4 +479,4 @@ def test_the_captured_step_is_the_eager_step_and_neither_waits(batch):
 def test_a_graph_is_refused_where_there_is_no_gpu(batch):
     args = flags("--compile", "on", "--batch-size", "32")
     with pytest.raises(ValueError, match="--compile on: a CUDA graph needs a GPU"):
-        engine.prepare(SmallNet(), Batches(*batch), attack=attack_of(args), args=args)
+        engine.prepare(SmallNet(), Batches(*batch), args)

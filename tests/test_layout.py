@@ -31,9 +31,10 @@ LOCAL = {
     "files",
     "keeper",
     "resume",
+    "rollback",
 }
 MAY_IMPORT = {
-    "engine": {"utils", "graph", "keeper", "parallel", "record", "resume"},
+    "engine": {"utils", "graph", "keeper", "parallel", "record", "resume", "rollback"},
     "evaluation": {"attacks", "auto_attack", "parallel"},
     "attacks": set(),
     "utils": set(),
@@ -55,6 +56,7 @@ MAY_IMPORT = {
     "referee": {"checkpoint", "checks", "evaluation", "export", "parallel", "pictures", "report"},
     "report": set(),
     "resume": {"checkpoint", "files", "parallel", "utils"},
+    "rollback": {"resume"},
     "synthetic": set(),
 }
 THIRD_PARTY = {
@@ -81,6 +83,7 @@ THIRD_PARTY = {
     "keeper": {"torch"},
     "resume": {"torch", "numpy"},
     "report": {"torch", "numpy"},
+    "rollback": {"torch"},
 }
 KNOWN = {"torch", "numpy", "torchvision", "matplotlib", "tqdm", "scipy"}
 SCRIPTS = ["MIX_KL_CIFAR10.py", "MIX_KL_CIFAR100.py", "test_cifar10.py", "test_cifar100.py"]

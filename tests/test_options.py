@@ -10,12 +10,12 @@ from conftest import ROOT
 
 import options
 
-TRAINING = """allow_changed alpha attack_mode attack_steps attack_target attack_temperature baseline
-batch_size compile data_dir debug
-delta_init device early_stop ema_decay ema_value epochs epsilon factor hard_term held_out help
-kl_gradient kl_reference kl_weight label_smoothing lamda lr lr_min lr_peak lr_schedule mixup_alpha
-model momentum out_dir overwrite precision resume run_name save_every seed synthetic
-temperature train_images weight_decay width"""
+TRAINING = """EMA_value allow_changed alpha attack_mode attack_steps attack_target
+attack_temperature baseline batch_size compile data_dir debug delta_init device early_stop ema_decay
+epochs epsilon factor hard_term held_out help kl_gradient kl_reference kl_weight label_smoothing
+lamda lr lr_min lr_peak lr_schedule measure_every mixup_alpha model momentum on_collapse out_dir
+overwrite precision resume run_name save_every seed synthetic temperature train_images weight_decay
+width"""
 MEASURING = """attacks batch_size cascade compare data_dir debug device eps epsilon export help
 model model_path n_examples normalize out_dir pictures seed synthetic transfer_from weights width"""
 PUBLISHED = """--batch-size 128 --data-dir d --epochs 110 --lr-schedule cyclic --lr-min 0.0
@@ -40,9 +40,10 @@ def test_every_flag_of_the_published_scripts_is_accepted(capsys):
     args = parse(PUBLISHED)
     shown = capsys.readouterr().err
     assert "note: --lamda has no effect; --kl-weight" in shown
-    assert "note: --ema_value has no effect; --ema-decay" in shown
+    assert "note: --EMA-value has no effect; --ema-decay" in shown
+    assert "note: --early-stop has no effect; --on-collapse stop replaces it\n" in shown
     assert (args.batch_size, args.epochs, args.lr, args.lr_min) == (128, 110, 0.2, 0.0)
-    assert (args.epsilon, args.alpha, args.factor, args.early_stop) == (8, 8, 0.7, True)
+    assert (args.epsilon, args.alpha, args.factor, args.on_collapse) == (8, 8, 0.7, "warn")
     assert (args.mixup_alpha, args.temperature, args.lr_schedule) == (1.0, (1.0, 1.0), "cyclic")
 
 
@@ -67,6 +68,7 @@ def test_sizes_are_in_units_of_1_255(text, value):
     ("--epsilon x", "invalid pixels value"),
     ("--epochs 0", "argument --epochs: 0: outside"),
     ("--epochs 1.5", "argument --epochs"),
+    ("--measure-every 0", "argument --measure-every: 0: outside"),
     ("--lr inf", "argument --lr"),
     ("--lr nan", "argument --lr"),
     ("--temperature 0", "temperatures are above 0"),

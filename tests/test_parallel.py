@@ -191,4 +191,4 @@ def test_a_batch_that_cannot_be_shared_is_refused(monkeypatch, batch):
     monkeypatch.setattr(parallel, "size", lambda: 3)
     args = options.parse_training([], "doc", {})
     with pytest.raises(ValueError, match="--batch-size 128: not a multiple of the 3 processes"):
-        engine.prepare(torch.nn.Linear(1, 1), None, attack=None, args=args)
+        engine.prepare(torch.nn.Linear(1, 1), None, args)

@@ -78,10 +78,21 @@ def test_ci_and_makefile_run_the_same_command():
     assert "make test" in (ROOT / ".ci" / "run").read_text() and "`make test`" in README
 
 
-def test_the_tables_of_results_are_those_of_the_files():
+@pytest.fixture
+def tables():
     spec = importlib.util.spec_from_file_location("tables", ROOT / "results" / "make_tables.py")
-    tables = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tables)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_an_epoch_that_was_not_measured_has_empty_cells_in_the_tables(tables, monkeypatch):
+    row = {"epoch": "1", "clean_acc": "", "fgsm_acc": "", "pgd10_acc": "", "collapse": "0"}
+    monkeypatch.setattr(tables, "log_of", lambda folder: [row])
+    assert tables.control()[-1] == "| 1 |  |  |  |  |  |  |  |  |"
+
+
+def test_the_tables_of_results_are_those_of_the_files(tables):
     assert tables.rebuilt(README) == README
     assert len(tables.short()) > 3 and "| collapse |" in "".join(tables.control())
     changed = README.replace(
