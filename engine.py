@@ -252,6 +252,7 @@ def train(
     progress, average = resume.Progress(), parts.average
     if state:
         progress = resume.restored(state, parts, args)
+        record.restore_log(folder, progress.rows)
     watch = keeper.Keeper(folder, parts, progress, args, len(batches))
     with watch.listening():
         while progress.epoch <= args.epochs:
@@ -262,12 +263,11 @@ def train(
             row["collapse"] = int(record.collapsed(progress.rows))
             score = max(row["pgd10_acc"], row.get("ema_pgd10_acc", -1))
             watch.check()
-            if folder:
-                watch.attempt(partial(
-                    record.epoch, folder, progress.rows, model, average and average.model, facts,
-                    is_best=score > progress.best,
-                ))  # fmt: skip
-            progress.best = max(progress.best, score)
+            if folder is None or watch.attempt(partial(
+                record.epoch, folder, progress.rows, model, average and average.model, facts,
+                is_best=score > progress.best,
+            )):  # fmt: skip
+                progress.best = max(progress.best, score)
             print(record.line(row, args.epochs), flush=True)
             progress.next_epoch()
             watch.after_epoch()

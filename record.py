@@ -25,7 +25,9 @@ def start_run(args: Namespace, default: str, state: Path | None) -> Path:
 
     Raises:
         ValueError: The name that the user gave is taken.
+        OSError: Nothing can be written there.
     """
+    files.probe(state.parent if state else args.out_dir)
     folder = args.run_name and args.out_dir / args.run_name
     unborn = args.resume and folder and not (folder / "final_model.pth").exists()
     folder = (
@@ -106,6 +108,12 @@ def write_log(path: Path, rows: list[dict[str, float]]) -> None:
     files.write_text(path, text.getvalue())
 
 
+def restore_log(folder: Path | None, rows: list[dict[str, float]]) -> None:
+    """Bring the log to the epochs that a restored state knows, whatever became of it meanwhile."""
+    if folder and rows:
+        write_log(folder / "log.csv", rows)
+
+
 def epoch(
     folder: Path,
     rows: list[dict[str, float]],
@@ -118,7 +126,7 @@ def epoch(
     """Write log and curves, and save the last epoch as the final and perhaps as the best."""
     row = rows[-1]
     write_log(folder / "log.csv", rows)
-    plots.curves(rows, folder / "curves.png")
+    files.write(folder / "curves.png", lambda file: plots.curves(rows, file))
     selected = "ema" if row.get("ema_pgd10_acc", -1) >= row["pgd10_acc"] else "raw"
     saved = facts | {"epoch": row["epoch"], "metrics": row, "raw": model.state_dict()}
     saved |= {"ema": average.state_dict()} if average else {}
