@@ -105,9 +105,9 @@ def read(path: Path) -> object:
         ValueError: It is not such a file; the message says in one line what it is instead.
     """
     if not path.exists():
-        raise FileNotFoundError(f"--model_path {path}: no such file")
+        raise FileNotFoundError(f"{path}: no such file")
     if not path.is_file():
-        raise ValueError(f"--model_path {path}: a folder; name a file in it")
+        raise ValueError(f"{path}: a folder; name a file in it")
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(64)

@@ -52,9 +52,18 @@ MAY_IMPORT = {
     "pictures": {"attacks", "utils"},
     "plots": set(),
     "record": {"checkpoint", "files", "plots"},
-    "referee": {"checkpoint", "checks", "evaluation", "export", "parallel", "pictures", "report"},
-    "report": set(),
-    "resume": {"checkpoint", "files", "parallel", "utils"},
+    "referee": {
+        "checkpoint",
+        "checks",
+        "evaluation",
+        "export",
+        "files",
+        "parallel",
+        "pictures",
+        "report",
+    },
+    "report": {"files"},
+    "resume": {"checkpoint", "files", "parallel", "reading", "utils"},
     "synthetic": set(),
 }
 THIRD_PARTY = {
