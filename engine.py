@@ -252,7 +252,8 @@ def train(
     progress, average = resume.Progress(), parts.average
     if state:
         progress = resume.restored(state, parts, args)
-        record.restore_log(folder, progress.rows)
+        if folder:
+            record.restored(folder, args, progress.rows)
     watch = keeper.Keeper(folder, parts, progress, args, len(batches))
     with watch.listening():
         while progress.epoch <= args.epochs:

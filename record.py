@@ -16,7 +16,7 @@ COLLAPSE_FLOOR = 0.05  # a fall of fewer points than this is noise on 1,000 imag
 
 
 def start_run(args: Namespace, default: str, state: Path | None) -> Path:
-    """Create the folder of a run, write its ``args.json``, and return it.
+    """Return the folder of a run; a new one is created, with its ``args.json``.
 
     Args:
         args: All flags of the run.
@@ -34,9 +34,15 @@ def start_run(args: Namespace, default: str, state: Path | None) -> Path:
         state.parent if state else
         run_folder(args.out_dir, args.run_name, default, args.overwrite or bool(unborn))
     )  # fmt: skip
+    if not state:
+        write_args(folder, args)
+    return folder
+
+
+def write_args(folder: Path, args: Namespace) -> None:
+    """Write the flags of a run into its folder."""
     text = json.dumps(checkpoint.plain(args) | {"commit": checkpoint.commit()}, indent=2)
     files.write_text(folder / "args.json", text + "\n")
-    return folder
 
 
 def run_folder(out_dir: Path, name: str | None, default: str, overwrite: bool) -> Path:
@@ -108,9 +114,10 @@ def write_log(path: Path, rows: list[dict[str, float]]) -> None:
     files.write_text(path, text.getvalue())
 
 
-def restore_log(folder: Path | None, rows: list[dict[str, float]]) -> None:
-    """Bring the log to the epochs that a restored state knows, whatever became of it meanwhile."""
-    if folder and rows:
+def restored(folder: Path, args: Namespace, rows: list[dict[str, float]]) -> None:
+    """Bring ``args.json`` and the log of a run that goes on to its flags and to its state."""
+    write_args(folder, args)
+    if rows:
         write_log(folder / "log.csv", rows)
 
 
