@@ -116,8 +116,10 @@ def read(path: Path) -> object:
     """
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
-    if not path.is_file():
+    if path.is_dir():
         raise ValueError(f"{path}: a folder; name a file in it")
+    if not path.is_file():
+        raise ValueError(f"{path}: a device or a pipe; name an ordinary file")
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(64)
