@@ -49,7 +49,8 @@ def main(argv: list[str]) -> None:
     args.processes = parallel.size()
     utils.keep_freed_memory()
     utils.seed_everything(args.seed, parallel.rank())
-    with parallel.together():
+    remedy = "try a smaller --batch-size, --precision bf16, or a smaller network"
+    with utils.memory_named(remedy), parallel.together():
         run(args, name, device)
 
 

@@ -101,9 +101,26 @@ def sign_ascent(
     return x_adv, start_logits
 
 
+def refuse_other_images(x: Tensor, *, values: bool) -> None:
+    """Raise a ValueError for no (N, C, H, W) images; ``values`` looks at (and waits for) all."""
+    if x.ndim != 4 or not x.is_floating_point():
+        raise ValueError(
+            f"images of shape {tuple(x.shape)} and {x.dtype}: an attack takes (N, C, H, W) in "
+            "floating point; divide uint8 images by 255"
+        )
+    if values and len(x):
+        low, high = x.aminmax()
+        if not (low >= 0 and high <= 1):  # nan is neither
+            raise ValueError(
+                f"images in [{low:g}, {high:g}]: an attack takes them in [0, 1]; normalise inside "
+                "the network"
+            )
+
+
 @contextmanager
 def measuring(model: nn.Module, x: Tensor) -> Iterator[None]:
-    """Hold the model in eval mode and fp32; each module gets its own mode back."""
+    """Hold the model in eval mode and fp32; a ValueError where x are not images in [0, 1]."""
+    refuse_other_images(x, values=True)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -139,6 +156,7 @@ def craft(
     Returns:
         The adversarial images, and the detached (N, K) logits of the start.
     """
+    refuse_other_images(x, values=False)
     radius = math.inf if start == "noise" else epsilon
     begin = start_point(x, start, epsilon)
     return sign_ascent(model, x, loss, begin, epsilon=radius, alpha=alpha, steps=steps)

@@ -103,6 +103,20 @@ def fallen(
         return ~attacks.standing(model, x_adv, y, batch_size)
 
 
+def fallen_in_parts(
+    model: nn.Module, x: Tensor, y: Tensor, part: str, version: str, **settings: float
+) -> Tensor:
+    """Return ``fallen``; of each half of the batch where the GPU's memory does not do for all."""
+    try:
+        return fallen(model, x, y, part, version, **settings)
+    except torch.OutOfMemoryError:
+        if len(x) == 1:
+            raise
+    print(f"note: out of GPU memory; {part} goes on with {len(x) // 2} images at a time")
+    halves = zip(x.tensor_split(2), y.tensor_split(2), strict=True)
+    return torch.cat([fallen_in_parts(model, *half, part, version, **settings) for half in halves])
+
+
 def fingerprint(model: nn.Module, x: Tensor, y: Tensor, *settings: object) -> str:
     """Return a name for this model, these images and these settings."""
     digest = hashlib.sha256(repr(settings).encode())
@@ -168,7 +182,7 @@ def attack(
             index, key = batches[number], f"{part} {number}"
             if key not in journal.batches:
                 began, count = time.perf_counter(), Passes(model)
-                fell = fallen(model, x[index], y[index], part, version, **settings)
+                fell = fallen_in_parts(model, x[index], y[index], part, version, **settings)
                 entry = {"fell": fell.nonzero().squeeze(1).tolist()}
                 entry |= {"seconds": time.perf_counter() - began, "passes": count.stop()}
                 journal.add(key, entry)

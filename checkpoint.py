@@ -1,6 +1,5 @@
 """Model files that are whole, safe to open, and say what they hold."""
 
-import hashlib
 import platform
 import subprocess
 from argparse import Namespace
@@ -103,7 +102,12 @@ def load(path: Path) -> dict[str, object]:
 
 
 def load_weights(
-    model: nn.Module, saved: dict[str, object], weights: str | None, path: Path
+    model: nn.Module,
+    saved: dict[str, object],
+    weights: str | None,
+    path: Path,
+    *,
+    assign: bool = False,
 ) -> str:
     """Put the weights of a loaded checkpoint into ``model`` and return which they were.
 
@@ -112,6 +116,7 @@ def load_weights(
         saved: What ``load`` returned.
         weights: ``raw``, ``ema``, or None for the set that the checkpoint selects.
         path: For messages.
+        assign: Whether ``model`` takes the tensors of the file themselves, not copies.
 
     Raises:
         ValueError: The set is not there or does not fit the network.
@@ -129,7 +134,7 @@ def load_weights(
     state = held | state  # bare state dicts normalise outside the network, or not at all
     refuse_infinite(state, path)
     try:
-        model.load_state_dict(state)
+        model.load_state_dict(state, assign=assign)
     except RuntimeError as error:
         reason = " ".join(str(error).split("\n", 1)[-1].split())[:160]
         raise ValueError(f"{path}: does not fit this network ({reason}); see --model") from error
@@ -138,9 +143,10 @@ def load_weights(
 
 
 def refuse_infinite(state: dict[str, Tensor], path: Path) -> None:
-    """Raise ``Diverged`` where a tensor is not finite."""
+    """Raise ``Diverged`` where a tensor is not finite, without a copy of it."""
     for key, value in state.items():
-        if not value.isfinite().all():
+        ends = value.aminmax() if value.numel() and not value.is_meta else ()
+        if not all(end.isfinite() for end in ends):
             raise Diverged(f"{path}: {reading.brief(key)} is not finite; the training had diverged")
 
 
@@ -152,7 +158,7 @@ def build(
     weights: str | None,
     path: Path,
 ) -> nn.Module:
-    """Return a network with random weights, made only where it is no larger than the file's.
+    """Return a network with random weights, made only where those of the file fit it.
 
     Args:
         make: Makes a network from its name and ``network``.
@@ -162,15 +168,17 @@ def build(
         path: For messages.
 
     Raises:
-        ValueError: The file names an unknown network, or one that needs more numbers than it holds.
+        ValueError: The file names an unknown network, or one that its weights do not fit.
+        Diverged: They are not finite.
     """
     try:
         with torch.device("meta"):  # shapes without memory
-            needed = sum(value.numel() for value in make(name, **network).state_dict().values())
+            shapes = make(name, **network)
     except (RuntimeError, ValueError) as error:  # sizes may overflow
         if "model" not in saved and isinstance(error, ValueError):
             raise  # the fault of a flag, which the message names
         raise ValueError(f"{path}: its network cannot be built ({reading.brief(error)})") from error
+    needed = sum(value.numel() for value in shapes.state_dict().values())
     state = saved.get(weights or saved["selected"], {})
     held = sum(value.numel() for value in state.values())
     if state and needed > held + ROOM:
@@ -178,6 +186,7 @@ def build(
             f"{path}: does not fit this network ({needed:,} numbers, the file holds {held:,}); "
             "see --model"
         )
+    load_weights(shapes, saved, weights, path, assign=True)
     return make(name, **network)
 
 
@@ -218,7 +227,7 @@ def architecture(
 
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return reading.digest(path, "sha256")
 
 
 def facts(

@@ -1,11 +1,11 @@
 """The batch files of CIFAR's python archives, read without executing anything in them."""
 
 import contextlib
-import hashlib
-import io
+import os
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -14,16 +14,21 @@ import reading
 DTYPES = {"u1": np.uint8, "i4": np.int32, "i8": np.int64}
 
 
+def text(value: object) -> object:
+    """Return the text that Python 2 wrote as bytes; anything else as it is."""
+    return value.decode("latin1") if isinstance(value, bytes) else value
+
+
 class Kind:
     """Stands for a numpy dtype in a pickle: its name and byte order."""
 
     def __init__(self, name: str, *_: object) -> None:
         """Take what a pickle passes to ``numpy.dtype``."""
-        self.name, self.order = name, "|"
+        self.name, self.order = text(name), "|"
 
     def __setstate__(self, state: tuple) -> None:
         """Take version and byte order; nothing else means anything for whole numbers."""
-        self.order = state[1]
+        self.order = text(state[1])
 
 
 class Array:
@@ -40,7 +45,6 @@ class Array:
     def value(self) -> np.ndarray:
         """Return the array; an Exception of any class where bytes and claims do not agree."""
         _, shape, kind, fortran, raw = self.state
-        raw = raw.encode("latin1") if isinstance(raw, str) else raw
         if kind.order not in ("|", "<") or kind.name not in DTYPES or not isinstance(raw, bytes):
             raise ValueError(f"an array of {reading.brief(kind.name)}")
         return np.frombuffer(raw, DTYPES[kind.name]).reshape(shape, order="F" if fortran else "C")
@@ -51,12 +55,14 @@ class CifarUnpickler(pickle.Unpickler):
 
     MODULES = ("numpy", "numpy.core.multiarray", "numpy._core.multiarray")
 
-    def __init__(self, raw: bytes) -> None:
-        """Take the bytes of a file; a ValueError where ``reading.scan`` finds them hostile."""
-        reading.scan(io.BytesIO(raw))
-        super().__init__(io.BytesIO(raw), encoding="latin1")
+    def __init__(self, file: BinaryIO) -> None:
+        """Take an open file; a ValueError where ``reading.scan`` finds it hostile."""
+        self.left = file.seek(0, os.SEEK_END)  # characters that may become bytes
+        file.seek(0)
+        reading.scan(file)
+        file.seek(0)
+        super().__init__(file, encoding="bytes")  # what Python 2 wrote; text would be a copy more
         self.allowed = {"ndarray": "ndarray", "dtype": Kind, "_reconstruct": Array}
-        self.left = len(raw)  # characters that may become bytes
 
     def find_class(self, module: str, name: str) -> object:
         """Return what stands for the numpy constructor that the file names."""
@@ -75,17 +81,24 @@ class CifarUnpickler(pickle.Unpickler):
         return text.encode("latin1")
 
 
+def opened(path: Path) -> dict[object, object]:
+    """Return the dict that the pickle in a file holds, with stand-ins for its arrays."""
+    with path.open("rb") as file:
+        return {text(key): value for key, value in CifarUnpickler(file).load().items()}
+
+
 def read_batch(path: Path, label_key: str, num_classes: int) -> tuple[np.ndarray, np.ndarray, str]:
     """Return the (N, 3072) uint8 images and (N,) int64 labels of one file, and its MD5.
 
     Raises:
         ValueError: The file is not such a pickle, or shapes or labels are wrong; it is named.
     """
-    raw = path.read_bytes()
-    if reading.disguise(raw[:64]):
-        raise ValueError(f"{path}: broken: {reading.disguise(raw[:64])}")
+    with path.open("rb") as file:
+        disguise = reading.disguise(file.read(64))
+    if disguise:
+        raise ValueError(f"{path}: broken: {disguise}")
     try:
-        record = CifarUnpickler(raw).load()
+        record = opened(path)
         data, labels = record["data"], record[label_key]
         data = data.value() if isinstance(data, Array) else None
         if isinstance(labels, Array):
@@ -96,9 +109,9 @@ def read_batch(path: Path, label_key: str, num_classes: int) -> tuple[np.ndarray
             raise ValueError("labels are not whole numbers")
     except Exception as error:  # a broken pickle can raise anything
         reason = reading.brief(f"{type(error).__name__}: {error}")
+        size = f"{path.stat().st_size:,} bytes"
         raise ValueError(
-            f"{path}: broken, truncated or not a CIFAR file ({len(raw):,} bytes; {reason}); "
-            "download it again"
+            f"{path}: broken, truncated or not a CIFAR file ({size}; {reason}); download it again"
         ) from error
     if data is None or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3072:
         raise ValueError(f"{path}: broken, its images are not an (N, 3072) array of uint8")
@@ -106,16 +119,16 @@ def read_batch(path: Path, label_key: str, num_classes: int) -> tuple[np.ndarray
         raise ValueError(f"{path}: broken, {len(data)} images but labels of shape {labels.shape}")
     if labels.min() < 0 or labels.max() >= num_classes:
         raise ValueError(f"{path}: broken, a label is outside 0 to {num_classes - 1}")
-    return data, labels.astype(np.int64), hashlib.md5(raw).hexdigest()
+    return data, labels.astype(np.int64), reading.digest(path, "md5")
 
 
 def read_names(path: Path, key: str) -> tuple[str, ...]:
     """Return what the labels mean; nothing where the file of names is missing or broken."""
     try:
-        names = CifarUnpickler(path.read_bytes()).load()[key]
+        names = [text(name) for name in opened(path)[key]]
     except Exception:  # names decorate pictures; nothing depends on them
         return ()
-    sound = type(names) is list and all(type(n) is str and n.isprintable() for n in names)
+    sound = all(type(name) is str and name.isprintable() for name in names)
     return tuple(name[:40] for name in names) if sound else ()
 
 

@@ -262,6 +262,8 @@ def train(
     """
     build, parts = prepare(model, batches, args)
     progress = resume.restored(state, parts, args) if state else resume.Progress()
+    if state and folder:
+        record.restored(folder, args, progress.rows)
     average, step = parts.average, None
     watch = keeper.Keeper(folder, parts, progress, args, len(batches))
     with watch.listening():
@@ -275,12 +277,11 @@ def train(
             row["collapse"] = int(record.collapsed(progress.rows))
             row |= rollback.columns(progress, args)
             watch.check()
-            if folder:
-                watch.attempt(partial(
-                    record.epoch, folder, progress.rows, model, average and average.model, facts,
-                    is_best=record.score(row) > progress.best,
-                ))  # fmt: skip
-            progress.best = max(progress.best, record.score(row))
+            if folder is None or watch.attempt(partial(
+                record.epoch, folder, progress.rows, model, average and average.model, facts,
+                is_best=record.score(row) > progress.best,
+            )):  # fmt: skip
+                progress.best = max(progress.best, record.score(row))
             print(record.line(row, args.epochs), flush=True)
             if rollback.follow(progress, parts, args):
                 step = None  # a captured one gives its memory back before the next is recorded

@@ -2,8 +2,11 @@
 
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +16,7 @@ import attacks
 import auto_attack
 import parallel
 
+T = TypeVar("T")
 STEP = 2 / 255  # alpha of PGD and CW, a pixel fraction
 LOSSES = {"pgd": attacks.cross_entropy_loss, "cw": attacks.margin_loss}
 SINGLE = ("clean", "fgsm", "fgsm-rs", "transfer")
@@ -82,17 +86,36 @@ class Outcome:
     journal: Path | None = None  # a file of no use once the report is written
 
 
-@dataclass(frozen=True)
+@dataclass
 class Settings:
     """What all attacks of a measurement share."""
 
     epsilon: float  # radius of the ball, a pixel fraction
-    batch_size: int
+    batch_size: int  # halved where the memory of the GPU does not do
     seed: int  # of the random starts
     cascade: bool = False  # whether an attack sees only what those before it left standing
     progress: bool = False
     journal: Path | None = None  # folder where long attacks note how far they are
     source: nn.Module | None = None  # the network on which ``transfer`` makes its images
+
+
+def within_memory(
+    settings: Settings, work: Callable[[int], T], again: Callable[[], object] = lambda: None
+) -> T:
+    """Return ``work(batch_size)``; where a GPU's memory does not do, that of half the batch size.
+
+    No verdict depends on the batch size, so ``work`` may begin anew, after a call of ``again``. It
+    waits for no other process.
+    """
+    while True:
+        try:
+            return work(settings.batch_size)
+        except torch.OutOfMemoryError:
+            if settings.batch_size == 1:
+                raise
+        settings.batch_size //= 2
+        print(f"note: out of GPU memory; going on with --batch-size {settings.batch_size}")
+        again()
 
 
 def uniform_starts(x: Tensor, epsilon: float, seed: int) -> Tensor:
@@ -117,7 +140,7 @@ def standing_images(
     began = time.perf_counter()
     mine = parallel.share(torch.arange(len(y), device=y.device))
     clean = torch.ones_like(y)
-    clean[mine] = attacks.standing(model, x[mine], y[mine], settings.batch_size).long()
+    clean[mine] = within_memory(settings, partial(attacks.standing, model, x[mine], y[mine])).long()
     upright = parallel.minimum_(clean).bool()
     found = {Attack("clean"): Outcome(upright, time.perf_counter() - began, len(y))}
     for family in dict.fromkeys(attack.family for attack in chosen if attack.family != "clean"):
@@ -157,11 +180,12 @@ def by_ascent(
         hidden = None if settings.progress and not parallel.rank() else True
         name = Attack(family, max(waiting)).name + f" {restart + 1}" * bool(restart)
         with tqdm(total=len(mine), desc=name, unit="img", disable=hidden) as bar:
-            run = attacks.ascend(
-                model, x, y, starts, mine, steps=max(waiting), epsilon=epsilon,
+            ascend = partial(
+                attacks.ascend, model, x, y, starts, mine, steps=max(waiting), epsilon=epsilon,
                 loss=LOSSES.get(family, attacks.cross_entropy_loss),
-                alpha=members[0].alpha(epsilon), batch_size=settings.batch_size, bar=bar,
+                alpha=members[0].alpha(epsilon), bar=bar,
             )  # fmt: skip
+            run = within_memory(settings, lambda size, go=ascend: go(batch_size=size), bar.reset)
         parallel.minimum_(run.first_fooled)
         runs.append(run)
     outcomes = []
@@ -200,12 +224,16 @@ def transferred(
     began = time.perf_counter()
     starts = uniform_starts(x, settings.epsilon, settings.seed)
     standing = upright.long()
-    for index in parallel.share(upright.nonzero().squeeze(1)).split(settings.batch_size):
-        images = attacks.pgd(
-            settings.source, x[index], y[index], epsilon=settings.epsilon, alpha=STEP,
-            steps=attack.steps, start=starts[index.to(starts.device)].to(x.device),
-        )  # fmt: skip
-        standing[index] = attacks.standing(model, images, y[index], settings.batch_size).long()
+
+    def work(size: int) -> None:
+        for index in parallel.share(upright.nonzero().squeeze(1)).split(size):
+            images = attacks.pgd(
+                settings.source, x[index], y[index], epsilon=settings.epsilon, alpha=STEP,
+                steps=attack.steps, start=starts[index.to(starts.device)].to(x.device),
+            )  # fmt: skip
+            standing[index] = attacks.standing(model, images, y[index], size).long()
+
+    within_memory(settings, work)
     standing = parallel.minimum_(standing).bool()
     return Outcome(standing, time.perf_counter() - began, int(upright.sum()))
 

@@ -1,6 +1,7 @@
 """Files that are written whole or not at all, whatever happens meanwhile."""
 
 import os
+import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -47,6 +48,22 @@ def write(path: Path, fill: Callable[[BinaryIO], None], *, keep_previous: bool =
 def write_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
     write(path, lambda file: file.write(text.encode()))
+
+
+def probe(folder: Path) -> None:
+    """Create a folder where it is missing, and see whether files can be written there.
+
+    Raises:
+        OSError: They cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"\n")
+    except OSError as error:
+        raise OSError(
+            f"{folder}: cannot be written ({error.strerror}); choose another --out-dir"
+        ) from error
 
 
 def _flush_folder(folder: Path) -> None:

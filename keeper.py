@@ -40,12 +40,14 @@ class Keeper:
     ) -> None:
         """Refuse a run that its disk cannot hold; ``steps`` is the number of them in an epoch."""
         self.folder, self.parts, self.progress, self.args = folder, parts, progress, args
-        self.steps, self.heard, self.failure = steps, 0, None
+        self.steps, self.heard = steps, 0
+        self.failure: OSError | None = None  # of the last write
         self.saved = time.monotonic()
         if folder:
             size = sum(t.numel() * t.element_size() for t in parts.tensors())
+            held = sum(path.stat().st_size for path in folder.glob("*.pth*"))  # and is replaced
             # Three files, each twice; a state that holds two healthy ones is as large as three.
-            needed = (12 if args.on_collapse == "rollback" else 6) * size
+            needed = max(0, (12 if args.on_collapse == "rollback" else 6) * size - held)
             free = shutil.disk_usage(folder).free
             if free < needed:
                 raise ValueError(
@@ -90,8 +92,13 @@ class Keeper:
         self.stop_if(heard)
 
     def after_epoch(self) -> None:
-        """Save, and stop where a signal was heard meanwhile."""
-        self.save()
+        """Save, and stop where a signal was heard meanwhile.
+
+        Where the epoch's own files could not be written, the state stays the one before them: a run
+        that goes on from it writes them again.
+        """
+        if not any(parallel.maxima(int(bool(self.failure)))):
+            self.save()
         self.stop_if(*parallel.maxima(self.heard))
 
     def stop_if(self, heard: int) -> None:
@@ -132,16 +139,17 @@ class Keeper:
             )
         self.saved = time.monotonic()
 
-    def attempt(self, write: Callable[[], None]) -> None:
-        """Call ``write``; a full disk is a warning as long as the run goes on."""
+    def attempt(self, write: Callable[[], None]) -> bool:
+        """Call ``write`` and return whether it could; if not, warn, as the run goes on."""
         try:
             write()
             self.failure = None
         except OSError as error:
             self.failure = error
             print(f"warning: {error}; the run goes on", flush=True)
+        return self.failure is None
 
     def close(self) -> None:
         """Raise what went wrong with the last write, now that nothing comes after it."""
         if self.failure:
-            raise self.failure
+            raise OSError(f"{self.failure}; make room, and add --resume to the same command")

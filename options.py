@@ -67,9 +67,9 @@ def number(low: float, high: float = math.inf, kind: type = float) -> Callable[[
     return parse
 
 
-def count(low: int = 1) -> Callable[[str], int]:
-    """Return a parser of whole numbers of at least ``low``."""
-    return number(low, kind=int)
+def count(low: int = 1, high: int = 2**31 - 1) -> Callable[[str], int]:
+    """Return a parser of whole numbers in [low, high]."""
+    return number(low, high, int)
 
 
 def temperatures(text: str) -> tuple[float, float]:
@@ -142,7 +142,7 @@ def add_optimisation(parser: Parser) -> None:
     add = parser.add_argument_group("network and optimisation").add_argument
     add("--model", default="PreActResNet18",
         help="network (default %(default)s; an unknown name lists all)")
-    add("--width", type=count(), metavar="C",
+    add("--width", type=count(high=1024), metavar="C",
         help="channels of a ResNet's first stage, a multiple of 8 (default 64)")
     add("--epochs", type=count(), default=110,
         help="passes over the training images (default %(default)s)")

@@ -1,15 +1,16 @@
 """Pictures of a run. matplotlib is imported only when one is drawn."""
 
 from pathlib import Path
+from typing import BinaryIO
 
 
-def curves(rows: list[dict[str, float]], collapses: list[int], path: Path) -> None:
+def curves(rows: list[dict[str, float]], collapses: list[int], file: Path | BinaryIO) -> None:
     """Draw held-out accuracy, loss and learning rate over the epochs of a run.
 
     Args:
         rows: Rows of ``log.csv``, accuracies in [0, 1], or None where an epoch was not measured.
         collapses: Epochs that collapsed, also such as are not among the rows.
-        path: PNG file to write.
+        file: PNG file to write.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -50,4 +51,4 @@ def curves(rows: list[dict[str, float]], collapses: list[int], path: Path) -> No
     for axes in (accuracy, loss):
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
+    figure.savefig(file, dpi=110)

@@ -1,5 +1,6 @@
 """Files from elsewhere, opened so that nothing in them is executed and memory stays bounded."""
 
+import hashlib
 import pickletools
 import warnings
 import zipfile
@@ -35,6 +36,15 @@ def disguise(head: bytes) -> str:
     if text.startswith(b"version https://git-lfs"):
         return "this is a Git LFS pointer; run git lfs pull"
     return ""
+
+
+def digest(path: Path, kind: str) -> str:
+    """Return the hash of a file, such as its ``md5`` or ``sha256``, read a block at a time."""
+    found = hashlib.new(kind)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            found.update(block)
+    return found.hexdigest()
 
 
 def scan(file: BinaryIO, allowed: set[str] | None = None) -> None:
@@ -105,9 +115,11 @@ def read(path: Path) -> object:
         ValueError: It is not such a file; the message says in one line what it is instead.
     """
     if not path.exists():
-        raise FileNotFoundError(f"--model_path {path}: no such file")
+        raise FileNotFoundError(f"{path}: no such file")
+    if path.is_dir():
+        raise ValueError(f"{path}: a folder; name a file in it")
     if not path.is_file():
-        raise ValueError(f"--model_path {path}: a folder; name a file in it")
+        raise ValueError(f"{path}: a device or a pipe; name an ordinary file")
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(64)

@@ -17,7 +17,7 @@ MEASURED = {"clean": "clean", "fgsm": "FGSM", "pgd10": "PGD-10"}  # accuracies, 
 
 
 def start_run(args: Namespace, default: str, state: Path | None) -> Path:
-    """Create the folder of a run, write its ``args.json``, and return it.
+    """Return the folder of a run; a new one is created, with its ``args.json``.
 
     Args:
         args: All flags of the run.
@@ -26,16 +26,24 @@ def start_run(args: Namespace, default: str, state: Path | None) -> Path:
 
     Raises:
         ValueError: The name that the user gave is taken.
+        OSError: Nothing can be written there.
     """
+    files.probe(state.parent if state else args.out_dir)
     folder = args.run_name and args.out_dir / args.run_name
     unborn = args.resume and folder and not (folder / "final_model.pth").exists()
     folder = (
         state.parent if state else
         run_folder(args.out_dir, args.run_name, default, args.overwrite or bool(unborn))
     )  # fmt: skip
+    if not state:
+        write_args(folder, args)
+    return folder
+
+
+def write_args(folder: Path, args: Namespace) -> None:
+    """Write the flags of a run into its folder."""
     text = json.dumps(checkpoint.plain(args) | {"commit": checkpoint.commit()}, indent=2)
     files.write_text(folder / "args.json", text + "\n")
-    return folder
 
 
 def run_folder(out_dir: Path, name: str | None, default: str, overwrite: bool) -> Path:
@@ -138,6 +146,13 @@ def write_log(path: Path, rows: list[dict[str, float]]) -> None:
     files.write_text(path, text.getvalue())
 
 
+def restored(folder: Path, args: Namespace, rows: list[dict[str, float]]) -> None:
+    """Bring ``args.json`` and the log of a run that goes on to its flags and to its state."""
+    write_args(folder, args)
+    if rows:
+        write_log(folder / "log.csv", rows)
+
+
 def epoch(
     folder: Path,
     rows: list[dict[str, float]],
@@ -151,7 +166,7 @@ def epoch(
     row = rows[-1]
     write_log(folder / "log.csv", rows)
     collapses = [row["epoch"] for row in rows if row["collapse"]]
-    plots.curves(live(rows), collapses, folder / "curves.png")
+    files.write(folder / "curves.png", lambda file: plots.curves(live(rows), collapses, file))
     metrics = {key: value for key, value in row.items() if value is not None}
     saved = facts | {"epoch": row["epoch"], "metrics": metrics, "raw": model.state_dict()}
     saved |= {"ema": average.state_dict()} if average else {}

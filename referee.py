@@ -11,6 +11,7 @@ import checkpoint
 import checks
 import evaluation
 import export
+import files
 import parallel
 import pictures
 import report
@@ -73,6 +74,7 @@ def measure(
     Returns:
         The report at the size nearest to ``--epsilon``; None in a process that writes nothing.
     """
+    files.probe(args.out_dir)
     stem, reports = stem_of(args.model_path), []
     for epsilon in sizes:
         settings = evaluation.Settings(
@@ -106,10 +108,13 @@ def warnings(
     model: nn.Module, x: Tensor, y: Tensor, measured: dict[str, object], cascade: bool
 ) -> list[str]:
     """Return all warnings about one report; accuracies of a cascade cannot be compared."""
-    found = checks.of_the_network(
-        model, x[:PROBED], y[:PROBED], epsilon=max(measured["epsilon"], 1 / 255),
-        recorded=measured["recorded_clean"],
-    )  # fmt: skip
+    epsilon = max(measured["epsilon"], 1 / 255)
+    found = evaluation.within_memory(
+        evaluation.Settings(epsilon=epsilon, batch_size=PROBED, seed=0),
+        lambda size: checks.of_the_network(
+            model, x[:size], y[:size], epsilon=epsilon, recorded=measured["recorded_clean"]
+        ),
+    )
     return found if cascade else found + checks.of_the_rows(measured["attacks"])
 
 

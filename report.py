@@ -4,11 +4,14 @@ import json
 import math
 import platform
 import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+
+import files
 
 Z95 = 1.959963984540054  # of the normal distribution
 
@@ -123,8 +126,9 @@ def write(
         if not path.exists():
             arrays = {name: verdict.numpy() for name, verdict in verdicts.items()}
             arrays["worst case"] = np.all(list(arrays.values()), axis=0)
-            np.savez_compressed(verdict_file(path), labels=y.cpu().numpy(), **arrays)
-            path.write_text(json.dumps(report, indent=2) + "\n")
+            arrays["labels"] = y.cpu().numpy()
+            files.write(verdict_file(path), partial(np.savez_compressed, **arrays))
+            files.write_text(path, json.dumps(report, indent=2) + "\n")
             return path
     raise ValueError(f"{out_dir}: too many reports")
 

@@ -7,7 +7,6 @@ an epoch draws besides (order, lam) depends on seed and epoch alone.
 
 import random
 import re
-import zipfile
 from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 import checkpoint
 import files
 import parallel
+import reading
 import utils
 
 SCHEMA = "mix-kl-state/1"
@@ -56,7 +56,7 @@ class Parts:
 
 @dataclass
 class Progress:
-    """How far a run is."""
+    """How far a run is; a TypeError where a file says something else."""
 
     epoch: int = 1  # the one under way
     step: int = 0  # steps done of it
@@ -66,6 +66,15 @@ class Progress:
     rows: list[dict[str, float]] = field(default_factory=list)  # of the log
     rollbacks: int = 0  # done so far: what the attack is now follows from their number
     healthy: list[dict[str, object]] = field(default_factory=list)  # states to go back to
+
+    def __post_init__(self) -> None:
+        """Look at the types of what a file may hold."""
+        kinds = dict(epoch=int, step=int, seconds=float, best=float, rows=list)
+        for name, kind in kinds.items():
+            if type(getattr(self, name)) is not kind:
+                raise TypeError(f"its {name} is {reading.brief(getattr(self, name))}")
+        if not all(type(row) is dict and row.keys() == self.rows[0].keys() for row in self.rows):
+            raise TypeError("its rows are no log")
 
     def next_epoch(self) -> None:
         """Begin the next epoch."""
@@ -142,13 +151,12 @@ def load(path: Path) -> dict[str, object]:
     faults = []
     for file in (path, files.previous(path)):
         try:
-            if zipfile.ZipFile(file).testzip():
-                raise ValueError("its checksums do not agree")
-            state = torch.load(file, map_location="cpu", weights_only=True)
-            if state["schema"] != SCHEMA:
-                raise ValueError(f"of another version, {state['schema']}")
-        except Exception as error:  # a damaged file can raise anything
-            faults.append(f"{file}: {(str(error) or type(error).__name__).splitlines()[0][:100]}")
+            state = reading.read(file)
+            known = isinstance(state, dict) and state.get("schema") == SCHEMA
+            if not known or type(state.get("args")) is not dict:
+                raise ValueError(f"{file}: not a state as this version writes it, {SCHEMA}")
+        except (OSError, ValueError) as error:
+            faults.append(str(error))
             continue
         if faults:
             print(f"warning: {faults[0]}: going on from {file.name}, which is older")
@@ -210,14 +218,21 @@ def restored(path: Path, parts: Parts, args: Namespace) -> Progress:
 
     Raises:
         ValueError: The file is damaged, its flags are others, or its network is another.
+        checkpoint.Diverged: Its weights are not finite.
     """
     state = load(path)
     check_flags(state, args)
     try:
         progress = put_back(state, parts)
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # what a file holds can raise anything
         reason = " ".join(str(error).split())[:120]
-        raise ValueError(f"{path}: the state of another run ({reason})") from error
+        raise ValueError(
+            f"{path}: the state of another run ({reason}); choose another --run-name"
+        ) from error
+    if not all(bool(t.isfinite().all()) for t in parts.tensors()):
+        raise checkpoint.Diverged(
+            f"{path}: its weights are not finite; try --resume {files.previous(path)}"
+        )
     where = f"epoch {progress.epoch}, after {progress.step} steps of it"
     if progress.epoch > args.epochs:
         where = f"the end: all {args.epochs} epochs are done"

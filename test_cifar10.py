@@ -33,7 +33,7 @@ def main(argv: list[str]) -> None:
     args.model = args.model and canonical_name(args.model)
     device = parallel.start(args.device)
     utils.keep_freed_memory()
-    with parallel.together():
+    with utils.memory_named("try fewer --n-examples, or another --device"), parallel.together():
         run(args, device)
 
 

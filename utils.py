@@ -191,11 +191,14 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.empty(0, device=name).device
+        probe = torch.zeros(1, device=name)
+        probe.item()  # there are devices that only pretend to compute
     except (RuntimeError, AssertionError) as error:
         raise ValueError(
-            f"--device {name}: not available ({str(error).splitlines()[0]})"
+            f"--device {name}: not available ({str(error).splitlines()[0]}); --device auto takes "
+            "what is here"
         ) from error
+    return probe.device
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
@@ -220,6 +223,28 @@ def has_fast_bf16(device: torch.device) -> bool:
     except OSError:
         return False
     return "amx_bf16" in facts or ("avx512_bf16" in facts and "AuthenticAMD" in facts)
+
+
+@contextmanager
+def memory_named(remedy: str) -> Iterator[None]:
+    """Turn a device or a machine that is out of memory within into one line.
+
+    Args:
+        remedy: What the user can do about it.
+
+    Raises:
+        ValueError: The memory did not do.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        text = str(error)
+        of_gpu = isinstance(error, torch.OutOfMemoryError)
+        if not (of_gpu or isinstance(error, MemoryError) or "DefaultCPUAllocator" in text):
+            raise
+        where = "GPU" if of_gpu else "machine"
+        reason = " ".join(text.split())[:160]
+        raise ValueError(f"the {where} is out of memory ({reason}); {remedy}") from error
 
 
 def keep_freed_memory() -> None:

@@ -14,6 +14,15 @@ from torch.utils.flop_counter import flop_registry
 ROOT = Path(__file__).resolve().parent.parent
 
 
+# For processes that measure themselves. Not ru_maxrss: that begins with the memory of pytest, whose
+# child the process is, and so hides all that is less.
+PEAK = """
+def peak():
+    with open("/proc/self/status") as file:
+        return next(1024 * int(line.split()[1]) for line in file if line.startswith("VmHWM"))
+"""
+
+
 class SmallNet(nn.Module):
     """Two convolutions with batch norm: enough for every code path, and fast."""
 

@@ -42,6 +42,17 @@ def test_evaluation_gives_the_verdicts_of_the_plain_loop_for_fewer_flops(tmp_pat
 
 
 @pytest.mark.slow
+def test_save_cost_compares_both_savings_with_an_epoch(tmp_path):
+    words = ["--width", 8, "--batch-size", 16, "--rounds", 2]
+    _, found = run(tmp_path, "save_cost.py", *words)
+    epoch, state, files, both = found["rows"]
+    assert epoch["what"] == "3062 training steps" and state["MB"] > 2 and files["MB"] > 2
+    assert both["seconds"] == pytest.approx(state["seconds"] + files["seconds"])
+    assert both["share"] == pytest.approx(both["seconds"] / epoch["seconds"])
+    assert [path.name for path in tmp_path.iterdir()] == ["found.json"]
+
+
+@pytest.mark.slow
 def test_data_speed_shows_both_pipelines(tmp_path):
     pytest.importorskip("torchvision")
     _, found = run(tmp_path, "data_speed.py", "--batch-size", 32, "--rounds", 2)

@@ -9,7 +9,7 @@ from argparse import Namespace
 
 import pytest
 import torch
-from conftest import ROOT, SmallNet
+from conftest import PEAK, ROOT, SmallNet
 
 import checkpoint
 import record
@@ -218,7 +218,7 @@ def rezipped(path, change, method=zipfile.ZIP_STORED):
 
 
 HOSTILE = """
-import resource, sys, pathlib
+import sys, pathlib
 sys.path.insert(0, {root!r})
 import checkpoint, models, torch
 from argparse import Namespace
@@ -229,15 +229,15 @@ def load(path):
     model = checkpoint.build(models.build_model, name, network, saved, None, path)
     checkpoint.load_weights(model, saved, None, path)
 load(good)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 try:
     load(bad)
 except ValueError as error:
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024, error)
+    print(peak() - before, error)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kB on Linux only")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("fault", ["compressed", "wide", "expanded", "global", "storage case"])
 def test_hostile_files_take_no_memory(saved, tmp_path, fault):
     bad, content = tmp_path / "bad.pth", checkpoint.load(saved)
@@ -255,10 +255,50 @@ def test_hostile_files_take_no_memory(saved, tmp_path, fault):
         rezipped(bad, lambda n, d: (n, d[:-1] + call if n.endswith(".pkl") else d))
     elif fault == "storage case":
         rezipped(bad, lambda name, data: (name.replace("data/0", "data/A"), data))
-    command = [sys.executable, "-c", HOSTILE.format(root=str(ROOT)), saved, bad]
+    command = [sys.executable, "-c", PEAK + HOSTILE.format(root=str(ROOT)), saved, bad]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     taken, message = done.stdout.split(maxsplit=1)
     assert str(bad) in message and int(taken) <= 2 * bad.stat().st_size + 2**24
+
+
+STATE = """
+import sys, pathlib
+sys.path.insert(0, {root!r})
+import resume
+good, bad = map(pathlib.Path, sys.argv[1:])
+resume.load(good)
+before = peak()
+try:
+    resume.load(bad)
+except ValueError as error:
+    print(peak() - before, error)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_compressed_state_takes_no_memory(tmp_path):
+    good, bad = tmp_path / "good.pth", tmp_path / "bad.pth"
+    torch.save({"schema": "mix-kl-state/1", "args": {}}, good)
+    torch.save({"schema": "mix-kl-state/0", "raw": torch.zeros(50_000_000)}, bad)
+    rezipped(bad, lambda name, data: (name, data), zipfile.ZIP_DEFLATED)
+    command = [sys.executable, "-c", PEAK + STATE.format(root=str(ROOT)), good, bad]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    taken, message = done.stdout.split(maxsplit=1)
+    assert "compressed" in message and int(taken) <= 2 * bad.stat().st_size + 2**24
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int8])
+def test_a_large_file_that_does_not_fit_takes_at_most_twice_its_size(saved, tmp_path, dtype):
+    bad, content = tmp_path / "bad.pth", checkpoint.load(saved)
+    state = build_model("ResNet18", num_classes=10).state_dict()
+    state = {key: value.to(dtype) for key, value in state.items()}
+    state["stray"] = torch.zeros(3)
+    torch.save(content | {"width": None, "raw": state}, bad)
+    command = [sys.executable, "-c", PEAK + HOSTILE.format(root=str(ROOT)), saved, bad]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    taken, message = done.stdout.split(maxsplit=1)
+    assert "stray" in message and int(taken) <= 2 * bad.stat().st_size + 2**22
 
 
 def test_runs_never_share_a_folder(tmp_path):

@@ -1,6 +1,7 @@
 """CIFAR files: what is read, warned of and refused; augmentation; the synthetic images."""
 
 import hashlib
+import io
 import pickle
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, write_archive
+from conftest import PEAK, ROOT, write_archive
 
 import cifar
 import data
@@ -156,22 +157,64 @@ def test_hostile_files_are_refused_in_one_line(tmp_path, fault):
     assert str(error.value).startswith(str(path)) and len(str(error.value).splitlines()) == 1
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kB on Linux only")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_hostile_files_take_no_memory(tmp_path):
     for fault, raw in HOSTILE.items():
         (tmp_path / fault).write_bytes(raw)
-    code = """
-import contextlib, pathlib, resource, sys
+    code = (
+        PEAK
+        + """
+import contextlib, pathlib, sys
 sys.path.insert(0, sys.argv[1])
 import cifar
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 for path in pathlib.Path(sys.argv[2]).iterdir():
     with contextlib.suppress(ValueError):
         cifar.read_batch(path, "labels", 10)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+print((peak() - before) / 2**20)
 """
+    )
     command = [sys.executable, "-c", code, str(ROOT), str(tmp_path)]
     assert float(subprocess.run(command, capture_output=True, check=True).stdout) < 16  # MB
+
+
+def large(spelling):
+    """Pickle 10,000 images with one wrong label, as Python 2 or as a protocol of ours does."""
+    pixels = np.random.default_rng(0).integers(256, size=(10_000, 3072), dtype=np.uint8)
+    labels = [0] * 9_999 + [10]
+    if spelling != "python 2":
+        return pickle.dumps({"data": pixels, "labels": labels}, protocol=spelling)
+    array = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R(K\x01"
+    array += b"M\x10'M\x00\x0c\x86cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNN"
+    array += b"J\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89T" + pixels.nbytes.to_bytes(4, "little")
+    array += pixels.tobytes() + b"tb"
+    return b"\x80\x02}(U\x04data" + array + b"U\x06labels" + pickle.dumps(labels, 2)[2:-1] + b"u."
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("spelling", ["python 2", 2, 4])
+def test_a_large_hostile_file_takes_at_most_twice_its_size(tmp_path, spelling):
+    path = tmp_path / "batch"
+    path.write_bytes(large(spelling))
+    code = (
+        PEAK
+        + """
+import pathlib, sys
+sys.path.insert(0, sys.argv[1])
+import cifar, utils
+utils.keep_freed_memory()
+before = peak()
+try:
+    cifar.read_batch(pathlib.Path(sys.argv[2]), "labels", 10)
+except ValueError as error:
+    print(peak() - before, error)
+"""
+    )
+    command = [sys.executable, "-c", code, str(ROOT), str(path)]
+    shown = subprocess.run(command, capture_output=True, check=True, text=True).stdout
+    taken, message = shown.split(maxsplit=1)
+    assert "a label is outside 0 to 9" in message
+    assert int(taken) <= 2 * path.stat().st_size + 2**22
 
 
 def test_two_processes_download_once(tmp_path):
@@ -201,7 +244,7 @@ print(len(data.load("cifar10", 10, folder, False).train))
 ])  # fmt: skip
 def test_the_unpickler_knows_nothing_but_arrays(module, name):
     with pytest.raises(pickle.UnpicklingError, match="no CIFAR file holds"):
-        cifar.CifarUnpickler(b"N.").find_class(module, name)
+        cifar.CifarUnpickler(io.BytesIO(b"N.")).find_class(module, name)
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4])
