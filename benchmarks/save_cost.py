@@ -47,7 +47,8 @@ def prepared(args, device):
     model = build_model(args.model, num_classes=10, width=args.width).train()
     model = model.to(device, memory_format=torch.channels_last)
     attack = partial(attacks.craft, epsilon=EPS, alpha=EPS, start=args.delta_init)
-    step, parts = engine.prepare(model, batches, attack=attack, args=args)
+    build, parts = engine.prepare(model, batches, args)
+    step = build(attack)
     index = torch.arange(count, device=device)
     row = torch.tensor([0.01, 2.0, 2.0, 0.9, 0.001], device=device)
     return model, lambda: step(index, row), parts
