@@ -40,6 +40,20 @@ class SmallNet(nn.Module):
         return self.linear(x.mean((2, 3)))
 
 
+class ShortOfMemory(nn.Module):
+    """A network on a GPU whose memory does for a few images at a time."""
+
+    def __init__(self, model, limit):
+        super().__init__()
+        self.model, self.limit = model, limit
+        self.eval()
+
+    def forward(self, x):
+        if len(x) > self.limit:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return self.model(x)
+
+
 class Watching(nn.Module):
     """A network that notes which images any forward pass got wrong, whoever makes the pass."""
 

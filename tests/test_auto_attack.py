@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from conftest import SmallNet
+from conftest import ShortOfMemory, SmallNet
 
 import attacks
 import auto_attack
@@ -54,6 +54,22 @@ def test_a_single_part_is_that_part(case):
     outcome = ours(*case, "apgd-ce")
     assert torch.equal(outcome.standing, directly(*case, ["apgd-ce"]))
     assert outcome.passes > 100 * outcome.standing.sum() and outcome.journal is None
+
+
+def test_a_batch_too_large_for_the_memory_is_halved(case, capsys):
+    model, x, y = case
+    short = ShortOfMemory(model, 6)
+    upright = attacks.standing(model, x, y, 100)
+    outcome = auto_attack.attack(
+        short, x, y, upright, "apgd-ce", epsilon=EPS, batch_size=BATCH, seed=3
+    )
+    whole = ours(*case, "apgd-ce").standing
+    assert "note: out of GPU memory; apgd-ce goes on with 10 images" in capsys.readouterr().out
+    assert (outcome.standing & ~upright).sum() == 0 and (outcome.standing != whole).sum() <= 2
+    with pytest.raises(torch.OutOfMemoryError):
+        auto_attack.attack(
+            ShortOfMemory(model, 0), x, y, upright, "apgd-ce", epsilon=EPS, batch_size=4, seed=3
+        )
 
 
 class Killed(BaseException):

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import SmallNet
+from conftest import ShortOfMemory, SmallNet
 from torch import nn
 
 import attacks
@@ -237,6 +237,21 @@ def test_transfer_attacks_with_images_of_the_other_network(fitted):
     assert other.sum() > same.sum()
     with pytest.raises(ValueError, match="--transfer-from"):
         measured(model, x, y, "transfer")
+
+
+def test_a_batch_too_large_for_the_memory_is_halved_and_no_verdict_changes(fitted, capsys):
+    model, x, y = fitted
+    names = ("clean", "fgsm", "pgd-3-2", "cw-2", "transfer")
+    x, y, found = x[:60], y[:60], []
+    for network in (model, ShortOfMemory(model, 20)):
+        settings = dataclasses.replace(SETTINGS, batch_size=50, source=network)
+        verdicts = evaluation.evaluate(network, x, y, list(names), settings)[1]
+        found.append(torch.stack(list(verdicts.values())))
+    assert torch.equal(*found) and settings.batch_size == 12
+    notes = capsys.readouterr().out.splitlines()
+    assert [note.split()[-1] for note in notes] == ["25", "12"]
+    with pytest.raises(torch.OutOfMemoryError):
+        evaluation.evaluate(ShortOfMemory(model, 0), x, y, ["clean"], settings)
 
 
 def test_table_and_files_say_the_same(a_report, fitted, tmp_path):
