@@ -95,6 +95,22 @@ def control() -> list[str]:
     return lines
 
 
+def rollback() -> list[str]:
+    """Return the table of FGSM-RS with ``--on-collapse rollback``, in the order of training."""
+    lines = [
+        "| epoch | start | alpha | clean | FGSM | PGD-10 | averaged: PGD-10 | what followed |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in log_of(HERE / "control-rollback-fgsm_rs"):
+        names = ("clean", "fgsm", "pgd10", "ema_pgd10")
+        shares = [f"{100 * float(row[f'{name}_acc']):.1f}" for name in names]
+        back = row["rollback_to"] and f"collapse: back to the end of epoch {row['rollback_to']}"
+        alpha = f"{float(row['alpha']):g}"
+        cells = [row["epoch"], row["delta_init"], alpha, *shares, back]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 def study(prefix: str) -> list[str]:
     """Return the table of the cells of ``study.py`` whose names begin with ``prefix``.
 
@@ -127,7 +143,7 @@ def study(prefix: str) -> list[str]:
 
 def rebuilt(text: str) -> str:
     """Return the README with its tables made anew."""
-    tables = {"short": short, "autoattack": autoattack, "control": control}
+    tables = {"short": short, "autoattack": autoattack, "control": control, "rollback": rollback}
     tables |= {name: partial(study, name) for name in ("long", "steep")}
     for name, make in tables.items():
         if f"<!-- table {name} -->" not in text:
