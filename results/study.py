@@ -31,7 +31,7 @@ METHODS = {
     "plain": "--mixup-alpha 0 --kl-weight 0 --temperature 1",
     "pgd_at": "--baseline pgd_at",
 }
-LONG = "--width 16 --train-images 4000 --epochs 50 --measure-every 10"
+LONG = "--width 16 --train-images 4000 --epochs 110 --batch-size 64 --measure-every 10"
 SHORT = "--width 16 --epochs 15 --lr-schedule cyclic --lr 0.2 --measure-every 5"
 STEEP = (
     "--width 16 --train-images 25000 --epochs 6 --lr-schedule cyclic --lr 0.2 --lr-peak 0.1 "
