@@ -111,6 +111,17 @@ def rollback() -> list[str]:
     return lines
 
 
+def outcome() -> list[str]:
+    """Return the table of how FGSM-RS at eps 16 ends, with rollbacks and without."""
+    lines = ["| --on-collapse | weights | clean | PGD-20 | CW-20 |", "| --- " * 5 + "|"]
+    for value in ("warn", "rollback"):
+        for weights, title in {"raw": "raw", "ema": "averaged"}.items():
+            path = HERE / f"control-{value}-fgsm_rs" / f"report-{weights}.json"
+            cells = [counted(row) for row in json.loads(path.read_text())["attacks"]]
+            lines.append(f"| {value} | {title} | {' | '.join(cells)} |")
+    return lines
+
+
 def study(prefix: str) -> list[str]:
     """Return the table of the cells of ``study.py`` whose names begin with ``prefix``.
 
@@ -143,7 +154,8 @@ def study(prefix: str) -> list[str]:
 
 def rebuilt(text: str) -> str:
     """Return the README with its tables made anew."""
-    tables = {"short": short, "autoattack": autoattack, "control": control, "rollback": rollback}
+    tables = {"short": short, "autoattack": autoattack, "control": control}
+    tables |= {"rollback": rollback, "outcome": outcome}
     tables |= {name: partial(study, name) for name in ("long", "steep")}
     for name, make in tables.items():
         if f"<!-- table {name} -->" not in text:
