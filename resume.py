@@ -28,6 +28,10 @@ FREE = {
     "allow_changed", "compile", "data_dir", "debug", "device", "out_dir", "overwrite", "resume",
     "run_name", "save_every",
 }  # fmt: skip
+# Columns of every row of the log; flags and the kind of training add others.
+COLUMNS = {
+    "epoch", "lr", "loss", "hard_loss", "kl", "clean_acc", "fgsm_acc", "pgd10_acc", "collapse",
+}  # fmt: skip
 
 
 @dataclass
@@ -73,7 +77,7 @@ class Progress:
         for name, kind in kinds.items():
             if type(getattr(self, name)) is not kind:
                 raise TypeError(f"its {name} is {reading.brief(getattr(self, name))}")
-        if not all(type(row) is dict and row.keys() == self.rows[0].keys() for row in self.rows):
+        if not all(type(row) is dict and COLUMNS <= row.keys() for row in self.rows):
             raise TypeError("its rows are no log")
 
     def next_epoch(self) -> None:

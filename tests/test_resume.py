@@ -140,6 +140,15 @@ def test_changed_flags_are_refused_and_listed(stopped, script):
     assert "note: changed since the state was saved" in out and len(log(folder)) == 3
 
 
+def test_a_run_that_changed_what_it_logs_goes_on_again(stopped, script):
+    folder, words = stopped
+    words = [*words, "--on-collapse", "rollback"]
+    assert script("MIX_KL_CIFAR10", *words, "--epochs", "2", "--allow-changed")[0] == 0
+    status, _, err = script("MIX_KL_CIFAR10", *words, "--allow-changed")
+    assert status == 0, err
+    assert [row["alpha"] for row in log(folder)] == ["", "8.0", "8.0"]
+
+
 def test_another_network_is_refused(stopped, script):
     _, words = stopped
     status, _, err = script("MIX_KL_CIFAR10", *words, "--width", "16", "--allow-changed")
