@@ -60,7 +60,7 @@ def number(low: float, high: float = math.inf, kind: type = float) -> Callable[[
     def parse(text: str) -> float:
         value = kind(text)
         if not (low <= value <= high and math.isfinite(value)):
-            raise argparse.ArgumentTypeError(f"{text}: outside [{low:g}, {high:g}]")
+            raise argparse.ArgumentTypeError(f"{text}: outside [{low:.10g}, {high:.10g}]")
         return value
 
     parse.__name__ = "number"
