@@ -23,7 +23,6 @@ import utils
 # (model, images, loss of the logits) -> adversarial images and the detached logits of the start
 Attack = Callable[[nn.Module, Tensor, Callable[[Tensor], Tensor]], tuple[Tensor, Tensor]]
 Step = Callable[[Tensor, Tensor], Tensor]  # indices of images, a row of ``plan`` -> the loss terms
-Measure = Callable[[nn.Module], dict[str, float]]  # model -> accuracy by attack, in [0, 1]
 
 
 def mix_kl_step(
@@ -96,9 +95,10 @@ def whole_step(
     scaler: torch.amp.GradScaler,
     *,
     attack: Attack,
+    side: int,
     args: Namespace,
 ) -> Step:
-    """Return one training step.
+    """Return one training step on images of ``side`` pixels.
 
     Nothing in the step waits for the device, so that a CUDA graph can hold it.
     """
@@ -108,6 +108,7 @@ def whole_step(
         lr, T, T_a, lam, pull = row.unbind()
         group["lr"].copy_(lr)
         x, y = load(index)
+        x = utils.resized(x, side)
         # The cache is off: it would hand weights cast without a gradient to a pass that needs one.
         with torch.autocast(
             x.device.type, args.dtype, args.dtype != torch.float32, cache_enabled=False
@@ -174,23 +175,12 @@ def train_one_epoch(
     }  # fmt: skip
 
 
-def accuracies(
-    model: nn.Module, average: utils.WeightAverage | None, measure: Measure
-) -> dict[str, float]:
-    """Return the held-out accuracies of the raw and of the averaged weights, and the seconds."""
-    started = time.perf_counter()
-    row = {f"{name}_acc": value for name, value in measure(model).items()}
-    if average:
-        row |= {f"ema_{name}_acc": value for name, value in measure(average.model).items()}
-    return row | {"eval_seconds": time.perf_counter() - started}
-
-
 def prepare(
     model: nn.Module, batches, args: Namespace
-) -> tuple[Callable[[Attack], Step], resume.Parts]:
-    """Return what builds the training step of ``model`` from an attack, and the step's parts.
+) -> tuple[Callable[[Attack, int], Step], resume.Parts]:
+    """Return what builds the step of ``model`` from attack and image side, and the step's parts.
 
-    The step is captured where ``--compile`` says so; another attack needs another step.
+    The step is captured where ``--compile`` says so; another attack or side needs another step.
 
     Raises:
         ValueError: ``--batch-size`` cannot be shared, or ``--compile`` asks for what is not there.
@@ -216,9 +206,9 @@ def prepare(
     parts = resume.Parts(model, average, optimizer, scaler)
     model.train()
 
-    def build(attack: Attack) -> Step:
+    def build(attack: Attack, side: int) -> Step:
         step = whole_step(
-            replica, average, optimizer, batches.load, scaler, attack=attack, args=args
+            replica, average, optimizer, batches.load, scaler, attack=attack, side=side, args=args
         )
         if alone_on_gpu and args.compile != "off":
             example = torch.arange(args.batch_size, device=device), torch.ones(5, device=device)
@@ -230,12 +220,32 @@ def prepare(
     return build, parts
 
 
+def current(
+    build: Callable[[Attack, int], Step],
+    attack_of: Callable[[float, str], Attack],
+    args: Namespace,
+) -> Callable[[resume.Progress], Step]:
+    """Return what gives the step of an epoch, built anew where attack or image side change."""
+    step, made_for = None, None
+
+    def step_of(progress: resume.Progress) -> Step:
+        nonlocal step, made_for
+        remedy = rollback.remedy(args, progress.rollbacks)
+        side = utils.stage(args.image_sizes, progress.epoch, args.epochs)
+        if made_for != (remedy, side):
+            step = None  # a captured one gives its memory back before the next is recorded
+            step, made_for = build(attack_of(*remedy), side), (remedy, side)
+        return step
+
+    return step_of
+
+
 def train(
     model: nn.Module,
     batches,
     *,
     attack_of: Callable[[float, str], Attack],
-    measure: Measure,
+    measure: record.Measure,
     args: Namespace,
     facts: dict[str, object],
     folder: Path | None,
@@ -264,15 +274,14 @@ def train(
     progress = resume.restored(state, parts, args) if state else resume.Progress()
     if state and folder:
         record.restored(folder, args, progress.rows)
-    average, step = parts.average, None
+    average, step_of = parts.average, current(build, attack_of, args)
     watch = keeper.Keeper(folder, parts, progress, args, len(batches))
     with watch.listening():
         while progress.epoch <= args.epochs and not rollback.stopped(progress, args):
-            step = step or build(attack_of(*rollback.remedy(args, progress.rollbacks)))
-            row = train_one_epoch(step, batches, progress, args, watch.after_step)
+            row = train_one_epoch(step_of(progress), batches, progress, args, watch.after_step)
             parallel.average_(parts.statistics())
             due = record.due(row["epoch"], args)
-            row |= accuracies(model, average, measure if due else record.unmeasured)
+            row |= record.accuracies(model, average, measure if due else record.unmeasured)
             progress.rows.append(row)
             row["collapse"] = int(record.collapsed(progress.rows))
             row |= rollback.columns(progress, args)
@@ -283,8 +292,7 @@ def train(
             )):  # fmt: skip
                 progress.best = max(progress.best, record.score(row))
             print(record.line(row, args.epochs), flush=True)
-            if rollback.follow(progress, parts, args):
-                step = None  # a captured one gives its memory back before the next is recorded
+            rollback.follow(progress, parts, args)
             progress.next_epoch()
             watch.after_epoch()
     watch.close()

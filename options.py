@@ -6,19 +6,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import presets
+
 DEFAULT_ATTACKS = ["clean", "fgsm", "pgd-10", "pgd-20", "pgd-50", "cw-20", "cw-50"]
-PLAIN = dict(mixup_alpha=0.0, temperature=(1.0, 1.0), kl_weight=0.0, label_smoothing=0.0)
-# Baselines are settings of the same flags; alpha_ratio is the default of --alpha over --epsilon.
-BASELINES = {
-    "fgsm_at": PLAIN | dict(delta_init="zero"),
-    "fgsm_rs": PLAIN | dict(delta_init="uniform", alpha_ratio=1.25),
-    "n_fgsm": PLAIN | dict(delta_init="noise"),
-    "pgd_at": PLAIN | dict(delta_init="uniform", attack_steps=10, alpha_ratio=0.25),
-    "trades": PLAIN | dict(
-        delta_init="uniform", attack_steps=10, alpha_ratio=0.25, attack_target="clean",
-        hard_term="clean", kl_weight=6.0, kl_reference="clean", kl_gradient="both",
-    ),
-}  # fmt: skip
 REPLACED = {  # flags of the published scripts that others replace here
     "--lamda": "--kl-weight (the published quotient is no divergence: other numbers fit)",
     "--EMA-value": "--ema-decay (the average is updated at every step, without a gate)",
@@ -98,8 +88,10 @@ def add_shared(parser: Parser) -> None:
 def add_method(parser: Parser) -> None:
     """Add the flags of the method and of the attack inside it."""
     add = parser.add_argument_group("method").add_argument
-    add("--baseline", choices=BASELINES,
+    add("--baseline", choices=presets.BASELINES,
         help="train another method instead: settings of the flags below")
+    add("--preset", choices=presets.PRESETS,
+        help="fast: reaches an accuracy soonest, on small images first: settings of flags as well")
     add("--mixup-alpha", type=number(0), default=0.2, metavar="A",
         help="lam ~ Beta(A, A); 0 is no mixup (default %(default)s)")
     add("--temperature", type=temperatures, default=(2.0, 2.0), metavar="T",
@@ -146,6 +138,9 @@ def add_optimisation(parser: Parser) -> None:
         help="channels of a ResNet's first stage, a multiple of 8 (default 64)")
     add("--epochs", type=count(), default=110,
         help="passes over the training images (default %(default)s)")
+    add("--image-sizes", type=count(8, 32), nargs="+", default=[32], metavar="PIXELS",
+        help="side of the training images in equal parts of the run, the last is 32: 16 24 32 is "
+        "progressive resizing (default: 32 throughout)")
     add("--batch-size", type=count(2), default=128,
         help="images a step, of all processes together (default %(default)s)")
     add("--lr", "--lr-max", type=number(0), default=0.1,
@@ -219,8 +214,8 @@ def parse_training(argv: list[str], doc: str, defaults: dict[str, object]) -> ar
     """
     parser, argv = training_parser(doc, defaults), dashed(argv)
     args = parser.parse_args(argv)
-    if args.baseline:
-        parser.set_defaults(**BASELINES[args.baseline])
+    if args.preset or args.baseline:
+        parser.set_defaults(**presets.settings(args.preset, args.baseline))
         args = parser.parse_args(argv)
     for flag, replacement in REPLACED.items():
         if vars(args).pop(flag[2:].replace("-", "_")) is not None:
@@ -231,6 +226,8 @@ def parse_training(argv: list[str], doc: str, defaults: dict[str, object]) -> ar
     args.method = args.baseline or "mix_kl"
     if args.kl_weight > 0 and args.kl_reference == "ema" and args.ema_decay == 0:
         raise ValueError("--kl-reference ema: needs an --ema-decay above 0")
+    if args.image_sizes[-1] != 32:
+        raise ValueError("--image-sizes: the last is 32, the side of the images that are measured")
     if args.attack_target == "clean" and args.delta_init == "zero":
         raise ValueError("--attack-target clean: its gradient is 0 there; choose a --delta-init")
     return args

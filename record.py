@@ -3,7 +3,9 @@
 import csv
 import io
 import json
+import time
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import nn
@@ -11,8 +13,10 @@ from torch import nn
 import checkpoint
 import files
 import plots
+import utils
 
 COLLAPSE_FLOOR = 0.05  # a fall of fewer points than this is noise on 1,000 images
+Measure = Callable[[nn.Module], dict[str, float]]  # model -> accuracy by attack, in [0, 1]
 MEASURED = {"clean": "clean", "fgsm": "FGSM", "pgd10": "PGD-10"}  # accuracies, as log and line say
 
 
@@ -83,6 +87,17 @@ def due(epoch: int, args: Namespace) -> bool:
 def unmeasured(_: nn.Module) -> dict[str, None]:
     """Measure nothing: the accuracies of an epoch that is not due, empty in the log."""
     return dict.fromkeys(MEASURED)
+
+
+def accuracies(
+    model: nn.Module, average: utils.WeightAverage | None, measure: Measure
+) -> dict[str, float]:
+    """Return the held-out accuracies of the raw and of the averaged weights, and the seconds."""
+    started = time.perf_counter()
+    row = {f"{name}_acc": value for name, value in measure(model).items()}
+    if average:
+        row |= {f"ema_{name}_acc": value for name, value in measure(average.model).items()}
+    return row | {"eval_seconds": time.perf_counter() - started}
 
 
 def measured(rows: list[dict[str, float]]) -> list[dict[str, float]]:

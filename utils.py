@@ -4,7 +4,7 @@ import copy
 import ctypes
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -169,6 +169,18 @@ SCHEDULES: dict[str, Callable[[float, float, float], Schedule]] = {
 def line(first: float, last: float) -> Schedule:
     """Return the line from ``first`` to ``last``: a temperature schedule."""
     return lambda t: first + (last - first) * t
+
+
+def stage(values: Sequence[int], epoch: int, epochs: int) -> int:
+    """Return the value of an epoch (from 1) of a run that has ``values`` in turn, equally long."""
+    return values[(epoch - 1) * len(values) // epochs]
+
+
+def resized(x: Tensor, side: int) -> Tensor:
+    """Return (N, C, side, side) images, anti-aliased, in the memory format of ``x``."""
+    if x.shape[-1] == side:
+        return x
+    return F.interpolate(x, (side, side), mode="bilinear", antialias=True)
 
 
 # ------------------------------------------------------------------------------------- this process

@@ -48,7 +48,7 @@ def prepared(args, device):
     model = model.to(device, memory_format=torch.channels_last)
     attack = partial(attacks.craft, epsilon=EPS, alpha=EPS, start=args.delta_init)
     build, parts = engine.prepare(model, batches, args)
-    step = build(attack)
+    step = build(attack, data.SIZE)
     index = torch.arange(count, device=device)
     row = torch.tensor([0.01, 2.0, 2.0, 0.9, 0.001], device=device)
     return model, lambda: step(index, row), parts

@@ -88,7 +88,7 @@ def mix_kl(model, images, batch_size, precision):
     attack = partial(attacks.craft, epsilon=EPS, alpha=EPS, start=args.delta_init)
     model = model.to(memory_format=torch.channels_last)
     build, _ = engine.prepare(model, batches, args)
-    step = build(attack)
+    step = build(attack, data.SIZE)
     index = torch.arange(batch_size, device=device)
     row = torch.tensor([0.1, 2.0, 2.0, 0.9, 0.001], device=device)
     return lambda: step(index, row)

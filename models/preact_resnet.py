@@ -27,11 +27,11 @@ class PreActBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, in_planes, H, W) to (N, planes, H / stride, W / stride)."""
-        out = F.relu(self.bn1(x))
+        out = F.relu(self.bn1(x), inplace=True)
         shortcut = x if self.shortcut is None else self.shortcut(out)
         out = self.conv1(out)
-        out = self.conv2(F.relu(self.bn2(out)))
-        return out + shortcut
+        out = self.conv2(F.relu(self.bn2(out), inplace=True))
+        return out.add_(shortcut)
 
 
 class PreActResNet(nn.Module):
@@ -58,7 +58,7 @@ class PreActResNet(nn.Module):
         """Map (N, 3, H, W) images in [0, 1] to (N, num_classes) logits."""
         out = self.conv1(self.normalize(x))
         out = self.layer4(self.layer3(self.layer2(self.layer1(out))))
-        out = F.relu(self.bn(out)).mean(dim=(2, 3))
+        out = F.relu(self.bn(out), inplace=True).mean(dim=(2, 3))
         return self.linear(out)
 
 

@@ -26,9 +26,9 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, in_planes, H, W) to (N, planes, H / stride, W / stride)."""
-        out = F.relu(self.bn1(self.conv1(x)))
+        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
         out = self.bn2(self.conv2(out))
-        return F.relu(out + self.shortcut(x))
+        return F.relu(out.add_(self.shortcut(x)), inplace=True)
 
 
 def stages(
@@ -69,7 +69,7 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, 3, H, W) images in [0, 1] to (N, num_classes) logits."""
-        out = F.relu(self.bn1(self.conv1(self.normalize(x))))
+        out = F.relu(self.bn1(self.conv1(self.normalize(x))), inplace=True)
         out = self.layer4(self.layer3(self.layer2(self.layer1(out))))
         return self.linear(out.mean(dim=(2, 3)))
 

@@ -24,10 +24,10 @@ class WideBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, in_planes, H, W) to (N, planes, H / stride, W / stride)."""
-        out = F.relu(self.bn1(x))
+        out = F.relu(self.bn1(x), inplace=True)
         shortcut = x if self.convShortcut is None else self.convShortcut(out)
-        out = self.conv2(F.relu(self.bn2(self.conv1(out))))
-        return out + shortcut
+        out = self.conv2(F.relu(self.bn2(self.conv1(out)), inplace=True))
+        return out.add_(shortcut)
 
 
 class Stage(nn.Module):
@@ -81,7 +81,7 @@ class WideResNet(nn.Module):
         """Map (N, 3, H, W) images in [0, 1] to (N, num_classes) logits."""
         out = self.conv1(self.normalize(x))
         out = self.block3(self.block2(self.block1(out)))
-        out = F.relu(self.bn1(out)).mean(dim=(2, 3))
+        out = F.relu(self.bn1(out), inplace=True).mean(dim=(2, 3))
         return self.fc(out)
 
 

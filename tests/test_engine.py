@@ -234,7 +234,7 @@ def test_every_weight_learns_under_autocast(reference, dtype, batch):
     args.dtype = dtype
     before = {key: value.clone() for key, value in model.named_parameters()}
     build, _ = engine.prepare(model, Batches(*batch), args)
-    step = build(attack_of(args))
+    step = build(attack_of(args), 32)
     row = engine.train_one_epoch(step, Batches(*batch), resume.Progress(), args)
     assert all(not torch.equal(value, before[key]) for key, value in model.named_parameters())
     assert row["loss"] == pytest.approx(row["hard_loss"] + 4 * row["kl"], rel=1e-3)
@@ -266,7 +266,7 @@ def test_nothing_in_a_step_waits_for_the_device(words, batch):
         data.Images((batch[0].permute(0, 2, 3, 1) * 255).byte(), batch[1]), 32
     )
     build, _ = engine.prepare(model, batches, args)
-    step = build(attack_of(args))
+    step = build(attack_of(args), 32)
     with Waits() as waits:
         step(torch.arange(32), torch.ones(5))
     assert waits.seen == []
@@ -333,6 +333,21 @@ def tiny_run(tmp_path, batch):
             return folder, list(csv.DictReader(file)), model
 
     return run
+
+
+def test_the_training_images_grow_and_the_measured_ones_do_not(tiny_run, monkeypatch):
+    seen, forward = [], SmallNet.forward
+
+    def noting(self, x):
+        seen.append((self.training, x.shape[-1]))
+        return forward(self, x)
+
+    monkeypatch.setattr(SmallNet, "forward", noting)
+    words = ["--attack-mode", "train", "--kl-reference", "ema"]
+    tiny_run("growing", "--image-sizes", "16", "24", "32", *words)
+    trained = [side for training, side in seen if training]
+    assert trained == [16] * 4 + [24] * 4 + [32] * 4  # two steps of attack and training an epoch
+    assert {16, 24, 32} == {side for training, side in seen if not training}  # the average sees x~
 
 
 def test_a_run_leaves_log_curves_and_checkpoints(tiny_run):
@@ -456,7 +471,7 @@ def losses_on_a_gpu(compile_, batch, steps=6):
     torch.manual_seed(0)
     model = build_model("PreActResNet18", num_classes=10, width=8).cuda()
     build, _ = engine.prepare(model, batches, args)
-    step = build(attack_of(args))
+    step = build(attack_of(args), 32)
     torch.manual_seed(1)
     index = torch.arange(32, device="cuda")
     row = torch.tensor([0.05, 2.0, 2.0, 0.7, 0.1], device="cuda")

@@ -12,10 +12,10 @@ import options
 
 TRAINING = """EMA_value allow_changed alpha attack_mode attack_steps attack_target
 attack_temperature baseline batch_size compile data_dir debug delta_init device early_stop ema_decay
-epochs epsilon factor hard_term held_out help kl_gradient kl_reference kl_weight label_smoothing
-lamda lr lr_min lr_peak lr_schedule measure_every mixup_alpha model momentum on_collapse out_dir
-overwrite precision resume run_name save_every seed synthetic temperature train_images weight_decay
-width"""
+epochs epsilon factor hard_term held_out help image_sizes kl_gradient kl_reference kl_weight
+label_smoothing lamda lr lr_min lr_peak lr_schedule measure_every mixup_alpha model momentum
+on_collapse out_dir overwrite precision preset resume run_name save_every seed synthetic temperature
+train_images weight_decay width"""
 MEASURING = """attacks batch_size cascade compare data_dir debug device eps epsilon export help
 model model_path n_examples normalize out_dir pictures seed synthetic transfer_from weights width"""
 PUBLISHED = """--batch-size 128 --data-dir d --epochs 110 --lr-schedule cyclic --lr-min 0.0
@@ -68,6 +68,7 @@ def test_sizes_are_in_units_of_1_255(text, value):
     ("--epsilon x", "invalid pixels value"),
     ("--epochs 0", "argument --epochs: 0: outside"),
     ("--epochs 1.5", "argument --epochs"),
+    ("--image-sizes 4 32", "argument --image-sizes: 4: outside"),
     ("--measure-every 0", "argument --measure-every: 0: outside"),
     ("--lr inf", "argument --lr"),
     ("--lr nan", "argument --lr"),
@@ -94,6 +95,7 @@ def test_a_bad_value_is_one_line_and_status_2(words, message, capsys):
 @pytest.mark.parametrize("words, message", [
     ("--kl-reference ema --ema-decay 0", "--kl-reference ema: needs an --ema-decay"),
     ("--attack-target clean --delta-init zero", "--attack-target clean"),
+    ("--image-sizes 32 16", "--image-sizes: the last is 32"),
 ])  # fmt: skip
 def test_flags_that_contradict_each_other_are_refused(words, message):
     with pytest.raises(ValueError, match=message):
@@ -111,6 +113,15 @@ def test_baselines_are_settings_that_explicit_flags_override(baseline, alpha, st
     assert args.kl_weight == (6 if baseline == "trades" else 0) and args.method == baseline
     changed = parse(f"--baseline {baseline} --epsilon 12 --alpha 5 --mixup-alpha 0.7")
     assert (changed.alpha, changed.mixup_alpha) == (5, 0.7)
+
+
+def test_a_preset_comes_before_the_script_and_after_baseline_and_explicit_flags():
+    fast = parse("--preset fast", {"epochs": 110, "kl_weight": 9.0})
+    assert fast.image_sizes[-1] == 32 and fast.epochs < 15 and fast.method == "mix_kl"
+    assert fast.image_sizes[0] < 32 and parse("").image_sizes == [32]
+    assert parse("--preset fast --epochs 3").epochs == 3
+    trades = parse("--preset fast --baseline trades")
+    assert (trades.kl_weight, trades.epochs) == (6, fast.epochs)
 
 
 def test_the_table_of_a_script_sets_defaults_and_knows_no_other_name():

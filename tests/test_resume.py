@@ -20,6 +20,7 @@ import resume
 
 TINY = ["--width", "8", "--epochs", "3", "--batch-size", "20", "--held-out", "20"]
 TINY += ["--save-every", "0", "--train-images", "200", "--precision", "fp32"]
+TINY += ["--image-sizes", "16", "24", "32"]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 

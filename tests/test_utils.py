@@ -141,6 +141,32 @@ def test_one_cycle_is_the_one_of_torch():
         theirs.step() if step + 1 < steps else None
 
 
+def test_stages_are_as_equal_as_epochs_allow():
+    def stages(*values, epochs):
+        return [utils.stage(values, epoch, epochs) for epoch in range(1, epochs + 1)]
+
+    assert stages(16, 24, 32, epochs=6) == [16, 16, 24, 24, 32, 32]
+    assert stages(16, 24, 32, epochs=8) == [16, 16, 16, 24, 24, 24, 32, 32]
+    assert stages(16, 24, 32, epochs=2) == [16, 24] and stages(32, epochs=3) == [32] * 3
+    assert all(
+        stages(16, 32, epochs=n) == [16] * (n - n // 2) + [32] * (n // 2) for n in range(2, 200)
+    )
+
+
+def test_resized_images_keep_the_range_the_mean_and_the_layout_and_lose_the_fine_detail():
+    x = torch.rand(8, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    assert utils.resized(x, 32) is x
+    for side in (16, 24):
+        small = utils.resized(x, side)
+        assert small.shape == (8, 3, side, side) and 0 <= small.min() and small.max() <= 1
+        assert small.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(small.mean(), x.mean(), atol=0.01, rtol=0)
+    board = torch.arange(32) % 2 * torch.ones(1, 3, 32, 1)  # stripes a pixel wide: grey, no moire
+    torch.testing.assert_close(
+        utils.resized(board, 16)[..., 2:-2], torch.full((1, 3, 16, 12), 0.5), atol=0.01, rtol=0
+    )
+
+
 def test_cosine_and_constant_and_line():
     schedule = utils.SCHEDULES["cosine"](0.1, 0.01, 0.4)
     assert [schedule(t) for t in (0, 0.5, 1)] == pytest.approx([0.1, 0.055, 0.01])
