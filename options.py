@@ -98,7 +98,7 @@ def add_method(parser: Parser) -> None:
         help="T of the KL term: 2, or 4:1 for a line over the run")
     add("--attack-temperature", type=temperatures, metavar="T",
         help="T of the attack (default: that of --temperature)")
-    add("--kl-weight", type=number(0), default=4.0, metavar="W",
+    add("--kl-weight", type=number(0), default=1.0, metavar="W",
         help="weight of the KL term; 0 is none (default %(default)s)")
     add("--kl-reference", choices=("start", "clean", "ema"), default="start",
         help="KL to the logits of the attack's start, of the unperturbed image, or of the averaged "
@@ -119,7 +119,7 @@ def add_method(parser: Parser) -> None:
         "fgsm_rs, epsilon / 4 for pgd_at and trades)")
     add("--attack-steps", type=count(), default=1, metavar="K",
         help="gradient steps; 1 is FGSM (default %(default)s)")
-    add("--delta-init", choices=("zero", "uniform", "half", "noise"), default="half",
+    add("--delta-init", choices=("zero", "uniform", "half", "noise"), default="noise",
         help="start: 0, U(-E, E), +-E/2, or U(-2E, 2E) unprojected (default %(default)s)")
     add("--attack-target", choices=("labels", "clean"), default="labels",
         help="raise the KL to the labels, or to the clean prediction as TRADES does")
