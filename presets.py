@@ -14,7 +14,7 @@ BASELINES = {
 }  # fmt: skip
 PRESETS = {
     "fast": dict(
-        epochs=8, lr_schedule="cyclic", lr=0.2, image_sizes=[16, 24, 32], mixup_alpha=0.0,
+        epochs=12, lr_schedule="cyclic", lr=0.2, image_sizes=[16, 24, 32], mixup_alpha=0.0,
         kl_weight=0.0, delta_init="noise",
     ),
 }  # fmt: skip

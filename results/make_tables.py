@@ -20,7 +20,7 @@ from report import wilson
 HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
 METHODS = {
-    "mix_kl": "MIX-KL (defaults)", "fgsm_rs": "FGSM-RS", "n_fgsm": "N-FGSM", "mixup": "Mixup alone",
+    "mix_kl": "MIX-KL", "fgsm_rs": "FGSM-RS", "n_fgsm": "N-FGSM", "mixup": "Mixup alone",
     "kl": "temperature-scaled KL alone", "plain": "neither", "pgd_at": "PGD-10 AT",
 }  # fmt: skip
 
@@ -49,6 +49,9 @@ def short() -> list[str]:
             if not folder.exists():
                 continue
             found, rows = json.loads((folder / "report.json").read_text()), log_of(folder)
+            if method == "mix_kl":
+                args = json.loads((folder / "args.json").read_text())
+                title += f" (KL weight {args['kl_weight']:g}, start `{args['delta_init']}`)"
             cells = [counted(row) for row in found["attacks"]]
             cells.append(counted(found["worst_case"] | {"n": found["n"]}))
             collapses = sum(int(row["collapse"]) for row in rows)

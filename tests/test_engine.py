@@ -113,7 +113,8 @@ def test_the_whole_method_is_its_formula(batch, mode):
     """Mixup, T of the attack, smoothed hard term and KL to the start, written out."""
     x, y = batch
     args = flags("--mixup-alpha", "1", "--temperature", "3", "--attack-temperature", "5",
-                 "--kl-weight", "2", "--label-smoothing", "0.1", "--attack-mode", mode)  # fmt: skip
+                 "--kl-weight", "2", "--label-smoothing", "0.1", "--attack-mode", mode,
+                 "--delta-init", "half")  # fmt: skip
     torch.manual_seed(0)
     model = SmallNet().train()
     rng = torch.get_rng_state()
@@ -169,7 +170,8 @@ def test_trades_is_its_formula(batch):
 @pytest.mark.parametrize("reference", ["start", "clean", "ema"])
 def test_the_reference_gets_no_gradient_and_is_the_right_pass(reference, batch):
     x, y = batch
-    args = flags("--kl-reference", reference, "--mixup-alpha", "0", "--delta-init", "zero")
+    args = flags("--kl-reference", reference, "--mixup-alpha", "0", "--delta-init", "zero",
+                 "--kl-weight", "3")  # fmt: skip
     torch.manual_seed(0)
     model = SmallNet().train()
     average = utils.WeightAverage(SmallNet())
@@ -182,7 +184,7 @@ def test_the_reference_gets_no_gradient_and_is_the_right_pass(reference, batch):
     expected = utils.temperature_kl(model(adv), teacher, 2.0)
     torch.testing.assert_close(kl, expected)
     torch.testing.assert_close(grad, torch.autograd.grad(expected, model.linear.weight)[0])
-    torch.testing.assert_close(loss, hard + 4 * kl)
+    torch.testing.assert_close(loss, hard + args.kl_weight * kl)
 
 
 def test_a_clean_reference_with_its_own_hard_term_gets_no_gradient_from_the_kl(batch):
@@ -237,7 +239,7 @@ def test_every_weight_learns_under_autocast(reference, dtype, batch):
     step = build(attack_of(args), 32)
     row = engine.train_one_epoch(step, Batches(*batch), resume.Progress(), args)
     assert all(not torch.equal(value, before[key]) for key, value in model.named_parameters())
-    assert row["loss"] == pytest.approx(row["hard_loss"] + 4 * row["kl"], rel=1e-3)
+    assert row["loss"] == pytest.approx(row["hard_loss"] + args.kl_weight * row["kl"], rel=1e-3)
 
 
 class Waits(TorchDispatchMode):

@@ -126,7 +126,8 @@ def test_stop_ends_at_the_collapse_and_says_so_also_when_resumed(run, capsys):
 
 
 def test_rollback_goes_back_to_the_best_epoch_and_on_with_noise(run, capsys):
-    done = run("back", RESCUED, "--on-collapse", "rollback", "--alpha", "10").go()
+    words = ["--on-collapse", "rollback", "--delta-init", "half", "--alpha", "10"]
+    done = run("back", RESCUED, *words).go()
     assert done.column("epoch") == list("123345")
     assert done.column("collapse") == list("001000")
     assert done.column("rollback_to") == ["", "", "2", "", "", ""]
@@ -202,7 +203,7 @@ def test_the_remedies_are_noise_then_smaller_steps():
 
 def test_the_rollbacks_end_with_a_line(run, capsys):
     pgd = [0.4] + [0.01] * (rollback.LIMIT + 1)
-    done = run("limit", pgd, "--on-collapse", "rollback").go()
+    done = run("limit", pgd, "--on-collapse", "rollback", "--delta-init", "half").go()
     assert done.column("epoch") == ["1"] + ["2"] * 6
     assert done.column("rollback_to") == ["", *"11111", ""]
     assert done.column("alpha")[1:4] == ["8.0", "8.0", "6.0"]
