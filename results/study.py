@@ -20,6 +20,8 @@ from pathlib import Path
 
 import shrink
 
+import checkpoint
+
 HERE = Path(__file__).resolve().parent
 
 METHODS = {
@@ -140,13 +142,25 @@ def carry_out(cell: Cell, args: argparse.Namespace, deadline: float) -> None:
         words = [f"MIX_KL_CIFAR10{data}.py", *train, "--run-name", cell.name, "--resume"]
         call([*words, "--out-dir", str(args.out_dir), *shared], log, deadline)
         (folder / "trained").touch()
+    if args.train_only:
+        return
     for file in cell.files:
-        if (folder / f"{cell.name}-{file}_model-report.json").exists():
+        report = folder / f"{cell.name}-{file}_model-report.json"
+        if report.exists():
+            continue
+        if file == "best" and same_weights(folder):
+            shutil.copy(folder / f"{cell.name}-final_model-report.json", report)
             continue
         words = [f"test_cifar10{data}.py", "--model-path", str(folder / f"{file}_model.pth")]
         words += [*shlex.split(cell.measure), *shlex.split(args.measure_flags)]
         call([*words, "--out-dir", str(folder), *shared], log, deadline)
     keep(folder, args.results_dir / cell.name, cell.files)
+
+
+def same_weights(folder: Path) -> bool:
+    """Return whether the last epoch of a run is its best one, so that it is measured once."""
+    best, final = (checkpoint.load(folder / f"{file}_model.pth") for file in ("best", "final"))
+    return all(best[key] == final[key] for key in ("epoch", "selected"))
 
 
 def keep(folder: Path, target: Path, files: tuple[str, ...]) -> None:
@@ -171,6 +185,7 @@ def main() -> None:
     parser.add_argument("--results-dir", type=Path, default=HERE)
     parser.add_argument("--data-dir", type=Path, default=Path("cifar-data"))
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--train-only", action="store_true", help="leave measuring to another call")
     parser.add_argument("--train-flags", default="", help="more flags of every training")
     parser.add_argument("--measure-flags", default="", help="more flags of every measurement")
     args = parser.parse_args()

@@ -1,6 +1,7 @@
 """The study: cut off by its budget and gone on with, each cell is done once and kept whole."""
 
 import importlib.util
+import json
 import sys
 
 import pytest
@@ -43,10 +44,19 @@ def run(study, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_a_study_that_is_cut_off_goes_on_and_keeps_each_cell_once(run, tmp_path):
+def test_a_study_that_is_cut_off_goes_on_and_keeps_each_cell_once(run, study, tmp_path):
     status, out = run("--budget", "0.02", "--only", "*mix_kl*")  # within the first training
     assert status == 0 and "the budget is spent" in out
     assert not (tmp_path / "results").exists()
+
+    folder = tmp_path / "out" / "tiny-mix_kl-seed0"
+    status, _ = run("--only", "*mix_kl*", "--train-only")
+    assert status == 0 and (folder / "trained").exists() and not list(folder.glob("*report.json"))
+    final = checkpoint.load(folder / "final_model.pth")
+    for epoch in (1, final["epoch"]):  # the best epoch is another one, then the last one
+        best = {"epoch": epoch, "selected": final["selected"]}
+        checkpoint.save(folder / "best_model.pth", final | best)
+        assert study.same_weights(folder) is (epoch == final["epoch"])
 
     status, out = run()
     assert status == "failed: tiny-broken-seed0" and "failed with status 2" in out
@@ -58,7 +68,9 @@ def test_a_study_that_is_cut_off_goes_on_and_keeps_each_cell_once(run, tmp_path)
     assert {path.name for path in kept.iterdir()} == names | reports
     assert checkpoint.load(kept / "model.pth")["width"] == 8
     console = (kept / "console.txt").read_text()
-    assert console.count("$ python3 test_cifar10.py") == 2
+    assert console.count("$ python3 test_cifar10.py") == 1  # the best epoch is the last one
+    first, second = (json.loads((kept / name).read_text()) for name in sorted(reports))
+    assert first == second
 
     before = (kept / "model.pth").stat().st_mtime_ns
     status, out = run("--only", "*mix_kl*")
