@@ -56,7 +56,7 @@ def losses_of_one_process(data_dir, epochs):
         utils.seed_everything(0, rank)
         model = build_model("PreActResNet18", **network).to(memory_format=torch.channels_last)
         states.insert(0, torch.get_rng_state())
-    attack = partial(attacks.craft, epsilon=8 / 255, alpha=8 / 255, start="half")
+    attack = partial(attacks.craft, epsilon=8 / 255, alpha=8 / 255, start=args.delta_init)
     optimizer = torch.optim.SGD(
         model.parameters(), torch.tensor(0.1), 0.9, weight_decay=5e-4, fused=True
     )
