@@ -9,6 +9,7 @@ done again. Each finished cell leaves log, flags, reports and fp16 weights in a 
 
 import argparse
 import fnmatch
+import os
 import shlex
 import shutil
 import signal
@@ -133,7 +134,8 @@ def carry_out(cell: Cell, args: argparse.Namespace, deadline: float) -> None:
         OutOfTimeError: The budget is spent; the next call goes on.
         subprocess.CalledProcessError: A script failed; the folder's console.txt says why.
     """
-    folder = args.out_dir / cell.name
+    place = args.out_dir / cell.name
+    folder = HERE.parent / place
     folder.mkdir(parents=True, exist_ok=True)
     shared = ["--data-dir", str(args.data_dir), "--device", args.device]
     log, data = folder / "console.txt", "" if cell.classes == 10 else "0"
@@ -151,9 +153,9 @@ def carry_out(cell: Cell, args: argparse.Namespace, deadline: float) -> None:
         if file == "best" and same_weights(folder):
             shutil.copy(folder / f"{cell.name}-final_model-report.json", report)
             continue
-        words = [f"test_cifar10{data}.py", "--model-path", str(folder / f"{file}_model.pth")]
+        words = [f"test_cifar10{data}.py", "--model-path", str(place / f"{file}_model.pth")]
         words += [*shlex.split(cell.measure), *shlex.split(args.measure_flags)]
-        call([*words, "--out-dir", str(folder), *shared], log, deadline)
+        call([*words, "--out-dir", str(place), *shared], log, deadline)
     keep(folder, args.results_dir / cell.name, cell.files)
 
 
@@ -189,7 +191,8 @@ def main() -> None:
     parser.add_argument("--train-flags", default="", help="more flags of every training")
     parser.add_argument("--measure-flags", default="", help="more flags of every measurement")
     args = parser.parse_args()
-    args.out_dir, args.data_dir = args.out_dir.resolve(), args.data_dir.resolve()
+    for name in ("out_dir", "data_dir"):  # as the scripts see them, which run in the root
+        setattr(args, name, Path(os.path.relpath(getattr(args, name), HERE.parent)))
     deadline = time.monotonic() + 60 * args.budget
     cells = [cell for cell in SCALES[args.scale]() if fnmatch.fnmatch(cell.name, args.only)]
     failed = []
