@@ -207,7 +207,7 @@ def training_parser(doc: str, defaults: dict[str, object]) -> Parser:
 
 
 def parse_training(argv: list[str], doc: str, defaults: dict[str, object]) -> argparse.Namespace:
-    """Return the flags of a training run: explicit ones over the baseline's over the script's.
+    """Return a training run's flags: explicit ones, then the baseline's, preset's and script's.
 
     Raises:
         ValueError: Two flags contradict each other.
@@ -228,6 +228,8 @@ def parse_training(argv: list[str], doc: str, defaults: dict[str, object]) -> ar
         raise ValueError("--kl-reference ema: needs an --ema-decay above 0")
     if args.image_sizes[-1] != 32:
         raise ValueError("--image-sizes: the last is 32, the side of the images that are measured")
+    if args.epochs < len(args.image_sizes):
+        raise ValueError("--image-sizes: more sizes than --epochs, the last would never be trained")
     if args.attack_target == "clean" and args.delta_init == "zero":
         raise ValueError("--attack-target clean: its gradient is 0 there; choose a --delta-init")
     return args

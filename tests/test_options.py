@@ -96,6 +96,7 @@ def test_a_bad_value_is_one_line_and_status_2(words, message, capsys):
     ("--kl-reference ema --ema-decay 0", "--kl-reference ema: needs an --ema-decay"),
     ("--attack-target clean --delta-init zero", "--attack-target clean"),
     ("--image-sizes 32 16", "--image-sizes: the last is 32"),
+    ("--image-sizes 16 24 32 --epochs 2", "--image-sizes: more sizes than --epochs"),
 ])  # fmt: skip
 def test_flags_that_contradict_each_other_are_refused(words, message):
     with pytest.raises(ValueError, match=message):
