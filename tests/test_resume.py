@@ -20,7 +20,7 @@ import resume
 
 TINY = ["--width", "8", "--epochs", "3", "--batch-size", "20", "--held-out", "20"]
 TINY += ["--save-every", "0", "--train-images", "200", "--precision", "fp32"]
-TINY += ["--image-sizes", "16", "24", "32"]
+GROWING = ["--image-sizes", "16", "24", "32"]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
@@ -92,8 +92,8 @@ def kill_at_random(words, launcher, rng, folder):
 )
 def test_a_run_killed_at_random_ends_as_if_nothing_had_happened(tmp_path, kills, launcher):
     data_dir, rng = write_archive(tmp_path, 10), random.Random(0)
-    finish(command(data_dir, tmp_path, "whole"), launcher)
-    words = command(data_dir, tmp_path, "killed", "--resume")
+    finish(command(data_dir, tmp_path, "whole", *GROWING), launcher)
+    words = command(data_dir, tmp_path, "killed", *GROWING, "--resume")
     for _ in range(kills):
         kill_at_random(words, launcher, rng, tmp_path / "killed")
     finish(words, launcher)
