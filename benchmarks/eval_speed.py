@@ -13,9 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from timing import parser, show
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from timing import Flops, parser, show
 
 import attacks
 import checkpoint
@@ -24,22 +22,6 @@ import evaluation
 from models import build_model
 
 EPS, ALPHA = 8 / 255, 2 / 255
-
-
-class Flops(TorchDispatchMode):
-    """Counts the floating-point operations of convolutions and products."""
-
-    def __init__(self):
-        """Start at 0."""
-        super().__init__()
-        self.total = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        """Run one operation and add its cost."""
-        out = func(*args, **(kwargs or {}))
-        cost = flop_registry.get(func._overloadpacket)
-        self.total += cost(*args, **(kwargs or {}), out_val=out) if cost else 0
-        return out
 
 
 def plain(model, x, y, *, steps, restarts, batch_size):

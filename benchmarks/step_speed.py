@@ -6,14 +6,15 @@
 The peers are written here anew, after what their authors' code does (fast_adversarial's FGSM-RS and
 the prior-guided FGSM-MEP): fp32, NCHW, whole backward pass in the attack, values read back in each
 step. Ours is the whole step of ``engine.py`` with augmentation, Mixup, KL and averaging; the peers
-get their batch ready-made. All share process, network, images and batch; they run in turn.
+get their batch ready-made. All share process, network, images and batch; they run in turn, and with
+them a product of large matrices in each precision: the rate that the machine gives at best.
 """
 
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from timing import interleaved, parser, show
+from timing import Flops, interleaved, matrix_product, parser, show
 
 import attacks
 import data
@@ -79,11 +80,18 @@ def prior_guided(model, x, y):
     return step
 
 
-def mix_kl(model, images, batch_size, precision):
-    """Return a step of ours with the flags' defaults."""
-    device = images.labels.device
-    args = options.parse_training(["--batch-size", str(batch_size)], "doc", {})
-    args.num_classes, args.dtype = 10, utils.pick_precision(precision, device)
+def random_images(count, device):
+    """Return images and labels drawn at random, the same ones each time."""
+    torch.manual_seed(0)
+    pixels = torch.randint(256, (count, 32, 32, 3), dtype=torch.uint8)
+    return data.Images(pixels, torch.randint(10, (count,))).to(device)
+
+
+def mix_kl(model, images, precision, *flags):
+    """Return a step of ours on ``images``, in ``precision``; with ``flags``, else the defaults."""
+    device, batch_size = images.labels.device, len(images.labels)
+    args = options.parse_training(["--batch-size", str(batch_size), *flags], "doc", {})
+    args.num_classes, args.dtype = 10, precision
     batches = data.TrainingBatches(images, batch_size)
     attack = partial(attacks.craft, epsilon=EPS, alpha=EPS, start=args.delta_init)
     model = model.to(memory_format=torch.channels_last)
@@ -102,27 +110,34 @@ def main():
     made.add_argument("--batch-size", type=int, default=128)
     args = made.parse_args()
     device, count = torch.device(args.device), args.batch_size
-    torch.manual_seed(0)
-    pixels = torch.randint(256, (count, 32, 32, 3), dtype=torch.uint8)
-    images = data.Images(pixels, torch.randint(10, (count,))).to(device)
+    images = random_images(count, device)
     x, y = images.as_float().contiguous(), images.labels
 
     def network():
         return build_model(args.model, num_classes=10, width=args.width).train().to(device)
 
-    steps = {
-        "FGSM-RS loop, fp32": fgsm_rs(network(), x, y),
-        "prior-guided loop, fp32": prior_guided(network(), x, y),
-        "MIX-KL, fp32": mix_kl(network(), images, count, "fp32"),
-        "MIX-KL, default precision": mix_kl(network(), images, count, "auto"),
+    default = utils.pick_precision("auto", device)
+    steps = {  # and the forward passes in each, which tests count for ours
+        "FGSM-RS loop, fp32": (fgsm_rs(network(), x, y), torch.float32, 6),
+        "prior-guided loop, fp32": (prior_guided(network(), x, y), torch.float32, 8),
+        "MIX-KL, fp32": (mix_kl(network(), images, torch.float32), torch.float32, 5),
+        "MIX-KL, default precision": (mix_kl(network(), images, default), default, 5),
     }
-    seconds = interleaved(steps, args.rounds, args.device)
+    products = {dtype: matrix_product(args.device, dtype) for _, dtype, _ in steps.values()}
+    functions = {name: step for name, (step, _, _) in steps.items()}
+    functions |= {dtype: product for dtype, (product, _) in products.items()}
+    seconds = interleaved(functions, args.rounds, args.device)
+    with Flops() as forward, torch.no_grad():
+        network()(x)
     rs, prior = list(seconds.values())[:2]
-    rows = [
-        {"step": name, "seconds": value, "images/s": count / value, "x FGSM-RS": rs / value,
-         "x prior-guided": prior / value}
-        for name, value in seconds.items()
-    ]  # fmt: skip
+    rows = []
+    for name, (_, dtype, passes) in steps.items():
+        took, rate = seconds[name], passes * forward.total / seconds[name]
+        peak = products[dtype][1] / seconds[dtype]
+        rows.append({
+            "step": name, "seconds": took, "images/s": count / took, "x FGSM-RS": rs / took,
+            "x prior-guided": prior / took, "GFLOP/s": rate / 1e9, "of matrix peak": rate / peak,
+        })  # fmt: skip
     width = f" of width {args.width}" if args.width else ""
     show(
         f"one training step, {args.model}{width}, batch {count}, median of {args.rounds}",

@@ -1,4 +1,4 @@
-"""What the benchmarks share: interleaved timing, the hardware line, a table and ``--json``."""
+"""What the benchmarks share: timing in turn, counting, the hardware line, a table, ``--json``."""
 
 import argparse
 import json
@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from anywhere
 
@@ -50,6 +52,33 @@ def interleaved(
             if number:
                 seconds[name].append(clock() - began)
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+class Flops(TorchDispatchMode):
+    """Counts the floating-point operations of convolutions and products."""
+
+    def __init__(self):
+        """Start at 0."""
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        """Run one operation and add its cost."""
+        out = func(*args, **(kwargs or {}))
+        cost = flop_registry.get(func._overloadpacket)
+        self.total += cost(*args, **(kwargs or {}), out_val=out) if cost else 0
+        return out
+
+
+def matrix_product(device: str, dtype: torch.dtype) -> tuple[Callable[[], object], int]:
+    """Return a product of two square matrices and its floating-point operations.
+
+    Its rate is the peak that convolutions are measured by: the same multiplications and sums, in
+    the library's best order.
+    """
+    size = 8192 if device.startswith("cuda") else 2048
+    matrix = torch.randn(size, size, device=device).to(dtype)
+    return lambda: matrix @ matrix, 2 * size**3
 
 
 def show(title: str, rows: list[dict[str, object]], args: argparse.Namespace) -> None:

@@ -26,6 +26,18 @@ def test_step_speed_compares_ours_with_both_loops(tmp_path):
     names = [row["step"] for row in found["rows"]]
     assert names[:2] == ["FGSM-RS loop, fp32", "prior-guided loop, fp32"] and len(names) == 4
     assert found["rows"][0]["x FGSM-RS"] == 1 and found["machine"]["torch"] in out
+    work = [row["GFLOP/s"] * row["seconds"] for row in found["rows"]]
+    assert work == pytest.approx([work[0], 8 / 6 * work[0], *[5 / 6 * work[0]] * 2])
+    assert all(0 < row["of matrix peak"] < 2 for row in found["rows"])
+
+
+@pytest.mark.slow
+def test_step_profile_shares_the_time_out(tmp_path):
+    words = ["--width", 8, "--batch-size", 16, "--rounds", 2, "--precision", "fp32"]
+    _, found = run(tmp_path, "step_profile.py", *words)
+    rows = {row["operation"]: row for row in found["rows"]}
+    assert rows["convolution"]["calls"] == rows["convolution_backward"]["calls"] == 2 * 20
+    assert 0.98 < sum(row["share"] for row in rows.values()) <= 1
 
 
 @pytest.mark.slow
