@@ -8,6 +8,23 @@ from torch import Tensor, nn
 from models.normalize import Normalize
 
 
+class Projection(nn.Conv2d):
+    """A 1x1 convolution of every ``stride``-th pixel, the shortcut where the shape changes.
+
+    Pixels are picked before the convolution: a strided one of 8 channels writes out of bounds in
+    oneDNN's weight gradient, wherever threads do not share the batch evenly (seen with torch 2.14).
+    """
+
+    def __init__(self, in_planes: int, planes: int, stride: int) -> None:
+        """Make the convolution, without bias."""
+        super().__init__(in_planes, planes, 1, bias=False)
+        self.every = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, in_planes, H, W) to (N, planes, H / stride, W / stride)."""
+        return super().forward(x[:, :, :: self.every, :: self.every])
+
+
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions with batch norm, and a shortcut added before the last ReLU."""
 
@@ -21,7 +38,7 @@ class BasicBlock(nn.Module):
         self.shortcut = nn.Sequential()
         if stride != 1 or in_planes != planes:
             self.shortcut = nn.Sequential(
-                nn.Conv2d(in_planes, planes, 1, stride, bias=False), nn.BatchNorm2d(planes)
+                Projection(in_planes, planes, stride), nn.BatchNorm2d(planes)
             )
 
     def forward(self, x: Tensor) -> Tensor:

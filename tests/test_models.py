@@ -1,7 +1,11 @@
 """The networks: sizes as published, no dead parameters, normalisation inside."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
+from conftest import ROOT
 from torch.nn import functional as F
 
 from models import MODELS, build_model, canonical_name
@@ -33,6 +37,24 @@ def test_every_parameter_gets_a_gradient_for_any_number_of_classes(name):
     F.cross_entropy(logits, torch.tensor([3, 41])).backward()
     dead = [key for key, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert not dead
+
+
+@pytest.mark.parametrize("name", ["ResNet18", "PreActResNet18"])
+def test_no_batch_and_no_number_of_threads_crashes_the_backward_pass(name):
+    code = f"""if True:
+        import torch, models
+        model = models.build_model("{name}", num_classes=10, width=8)
+        for dtype in (torch.float32, torch.bfloat16):
+            for threads in (2, 3, 4):
+                torch.set_num_threads(threads)
+                for count in (3, 4, 39, 41):
+                    x = torch.rand(count, 3, 32, 32).to(memory_format=torch.channels_last)
+                    model = model.to(memory_format=torch.channels_last)
+                    with torch.autocast("cpu", dtype, dtype != torch.float32):
+                        model(x).float().square().sum().backward()
+    """
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_width_scales_the_channels():
