@@ -32,7 +32,6 @@ DEFAULTS = dict(
     lr_schedule="multistep",
     mixup_alpha=0.2,
     temperature=(2.0, 2.0),
-    kl_weight=1.0,
     ema_decay=0.999,
 )
 

@@ -33,7 +33,6 @@ DEFAULTS = dict(
     lr_peak=20 / 110,
     mixup_alpha=0.2,
     temperature=(2.0, 2.0),
-    kl_weight=1.0,
     ema_decay=0.999,
 )
 

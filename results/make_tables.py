@@ -22,6 +22,7 @@ README = HERE.parent / "README.md"
 METHODS = {
     "mix_kl": "MIX-KL", "fgsm_rs": "FGSM-RS", "n_fgsm": "N-FGSM", "mixup": "Mixup alone",
     "kl": "temperature-scaled KL alone", "plain": "neither", "pgd_at": "PGD-10 AT",
+    "kl1": "MIX-KL, KL weight 1",
 }  # fmt: skip
 
 
@@ -125,13 +126,13 @@ def outcome() -> list[str]:
     return lines
 
 
-def study(prefix: str) -> list[str]:
+def study(prefix: str, titles: dict[str, str] = METHODS) -> list[str]:
     """Return the table of the cells of ``study.py`` whose names begin with ``prefix``.
 
     Accuracies in percent, mean and standard deviation over the seeds, last and best epoch.
     """
     rows = []
-    for method, title in METHODS.items():
+    for method, title in titles.items():
         folders = sorted(HERE.glob(f"{prefix}-{method}-seed*"))
         for file in ("final", "best"):
             found = [folder / f"{file}_model-report.json" for folder in folders]
@@ -155,11 +156,19 @@ def study(prefix: str) -> list[str]:
     return lines
 
 
+def preset() -> list[str]:
+    """Return the table of ``--preset fast`` beside the default recipe."""
+    slow = study("short", {"mix_kl": "defaults, 15 epochs"})
+    return [*slow, *study("fast", {"mix_kl": "`--preset fast`"})[2:]]
+
+
 def rebuilt(text: str) -> str:
     """Return the README with its tables made anew."""
     tables = {"short": short, "autoattack": autoattack, "control": control}
     tables |= {"rollback": rollback, "outcome": outcome}
     tables |= {name: partial(study, name) for name in ("long", "steep")}
+    tables |= {"preset": preset}
+    tables["precision"] = partial(study, "precision", {"bf16": "bf16", "fp32": "fp32"})
     for name, make in tables.items():
         if f"<!-- table {name} -->" not in text:
             continue
