@@ -411,9 +411,17 @@ def file_in_the_way(place):
 
 def interrupted(place, *signals):
     """Send signals to a run after its first new state; return status and stdout."""
-    before = (place.run / resume.NAME).read_bytes()
+    path = place.run / resume.NAME
+    before = path.read_bytes()
+
+    def is_newer():
+        try:
+            return path.read_bytes() != before
+        except FileNotFoundError:  # between the two renames of a save
+            return False
+
     process = place.train("--resume", "--epochs", 900, "--allow-changed")
-    wait_for(process, lambda: (place.run / resume.NAME).read_bytes() != before)
+    wait_for(process, is_newer)
     for number in signals:
         process.send_signal(number)
     out, err = process.communicate(timeout=60)
