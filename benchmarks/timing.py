@@ -55,7 +55,7 @@ def interleaved(
 
 
 class Flops(TorchDispatchMode):
-    """Counts the floating-point operations of convolutions and products."""
+    """Counts the operations of convolutions and products; torch's hooks fail in autograd.grad."""
 
     def __init__(self):
         """Start at 0."""

@@ -165,9 +165,8 @@ def preset() -> list[str]:
 def rebuilt(text: str) -> str:
     """Return the README with its tables made anew."""
     tables = {"short": short, "autoattack": autoattack, "control": control}
-    tables |= {"rollback": rollback, "outcome": outcome}
+    tables |= {"rollback": rollback, "outcome": outcome, "preset": preset}
     tables |= {name: partial(study, name) for name in ("long", "steep")}
-    tables |= {"preset": preset}
     tables["precision"] = partial(study, "precision", {"bf16": "bf16", "fp32": "fp32"})
     for name, make in tables.items():
         if f"<!-- table {name} -->" not in text:

@@ -73,7 +73,7 @@ def cpu() -> list[Cell]:
         Cell(f"short-{method}-seed0", f"{SHORT} {METHODS[method]}", PGD_CW)
         for method in ("mix_kl", "n_fgsm", "fgsm_rs")
     ]
-    cells += [Cell("fast-mix_kl-seed0", FAST, PGD_CW)]
+    cells.append(Cell("fast-mix_kl-seed0", FAST, PGD_CW))
     cells += [
         Cell(f"precision-{precision}-seed{seed}",
              f"{SHORT} --train-images 10000 --precision {precision} --seed {seed}",

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+
+from benchmarks.timing import Flops
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -77,24 +77,9 @@ class Watching(nn.Module):
         return ~self.fell
 
 
-class FlopCounter(TorchDispatchMode):
-    """Counts as torch's FlopCounterMode does, whose module hooks fail under autograd.grad."""
-
-    def __init__(self):
-        super().__init__()
-        self.total = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        count = flop_registry.get(func._overloadpacket)
-        if count:
-            self.total += count(*args, **(kwargs or {}), out_val=out)
-        return out
-
-
 def flops(function):
     """Return the floating-point operations that a call makes in convolutions and products."""
-    with FlopCounter() as counter:
+    with Flops() as counter:
         function()
     return counter.total
 
