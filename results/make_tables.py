@@ -21,7 +21,7 @@ HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
 METHODS = {
     "mix_kl": "MIX-KL", "fgsm_rs": "FGSM-RS", "n_fgsm": "N-FGSM", "mixup": "Mixup alone",
-    "kl": "temperature-scaled KL alone", "plain": "neither", "pgd_at": "PGD-10 AT",
+    "kl": "temperature-scaled KL alone", "t1": "MIX-KL, T 1", "pgd_at": "PGD-10 AT",
     "kl1": "MIX-KL, KL weight 1",
 }  # fmt: skip
 

@@ -4,7 +4,8 @@
     python3 results/study.py gpu --budget 30 --device cuda
 
 What the budget cuts off goes on where it was when the same line is run again; what is done is not
-done again. Each finished cell leaves log, flags, reports and fp16 weights in a folder of results/.
+done again. Each training leaves log, flags and fp16 weights in a folder of results/, and each
+measurement of these weights its report.
 """
 
 import argparse
@@ -31,7 +32,7 @@ METHODS = {
     "n_fgsm": "--baseline n_fgsm",
     "mixup": "--kl-weight 0 --temperature 1",
     "kl": "--mixup-alpha 0",
-    "plain": "--mixup-alpha 0 --kl-weight 0 --temperature 1",
+    "t1": "--temperature 1",
     "pgd_at": "--baseline pgd_at",
     "kl1": "--kl-weight 1",
 }
@@ -67,7 +68,8 @@ def cpu() -> list[Cell]:
     cells += [
         Cell(f"long-{method}-seed{seed}", f"{LONG} {METHODS[method]} --seed {seed}",
              f"{AUTOATTACK} --n-examples 1000", ("final", "best"))
-        for seed in range(3) for method in METHODS if method != "kl1"
+        for methods in (("mix_kl", "n_fgsm", "fgsm_rs"), ("mixup", "kl", "t1"), ("pgd_at",))
+        for seed in range(3) for method in methods
     ]  # fmt: skip
     cells += [
         Cell(f"short-{method}-seed0", f"{SHORT} {METHODS[method]}", PGD_CW)
@@ -137,50 +139,59 @@ def call(words: list[str], log: Path, deadline: float) -> None:
 
 
 def carry_out(cell: Cell, args: argparse.Namespace, deadline: float) -> None:
-    """Train and measure one cell as far as it is not done, then keep what is worth keeping.
+    """Train and measure one cell as far as it is not done, and keep what it shows.
+
+    What is measured are the weights that are kept, so that anyone can measure them again.
 
     Raises:
         OutOfTimeError: The budget is spent; the next call goes on.
-        subprocess.CalledProcessError: A script failed; the folder's console.txt says why.
+        subprocess.CalledProcessError: A script failed; the cell's console.txt says why.
     """
-    place = args.out_dir / cell.name
-    folder = HERE.parent / place
+    folder, kept = HERE.parent / args.out_dir / cell.name, args.results_dir / cell.name
     folder.mkdir(parents=True, exist_ok=True)
     shared = ["--data-dir", str(args.data_dir), "--device", args.device]
-    log, data = folder / "console.txt", "" if cell.classes == 10 else "0"
-    train = [*shlex.split(cell.train), *shlex.split(args.train_flags)]
-    if not (folder / "trained").exists():
+    data = "" if cell.classes == 10 else "0"
+    if not (kept / "final_model.pth").exists():
+        train = [*shlex.split(cell.train), *shlex.split(args.train_flags)]
         words = [f"MIX_KL_CIFAR10{data}.py", *train, "--run-name", cell.name, "--resume"]
-        call([*words, "--out-dir", str(args.out_dir), *shared], log, deadline)
-        (folder / "trained").touch()
+        words += ["--out-dir", str(args.out_dir), *shared]
+        call(words, folder / "console.txt", deadline)
+        keep(folder, kept)
     if args.train_only:
         return
     for file in cell.files:
-        report = folder / f"{cell.name}-{file}_model-report.json"
+        path, report = kept / f"{file}_model.pth", kept / f"{file}_model-report.json"
         if report.exists():
             continue
-        if file == "best" and same_weights(folder):
-            shutil.copy(folder / f"{cell.name}-final_model-report.json", report)
+        if not path.exists():  # the best epoch is the last one
+            shutil.copy(kept / "final_model-report.json", report)
             continue
-        words = [f"test_cifar10{data}.py", "--model-path", str(place / f"{file}_model.pth")]
+        words = [f"test_cifar10{data}.py", "--model-path", os.path.relpath(path, HERE.parent)]
         words += [*shlex.split(cell.measure), *shlex.split(args.measure_flags)]
-        call([*words, "--out-dir", str(place), *shared], log, deadline)
-    keep(folder, args.results_dir / cell.name, cell.files)
+        words += ["--out-dir", str(args.out_dir / cell.name), *shared]
+        call(words, kept / "console.txt", deadline)
+        shutil.copy(folder / f"{cell.name}-{report.name}", report)
 
 
-def same_weights(folder: Path) -> bool:
-    """Return whether the last epoch of a run is its best one, so that it is measured once."""
-    best, final = (checkpoint.load(folder / f"{file}_model.pth") for file in ("best", "final"))
-    return all(best[key] == final[key] for key in ("epoch", "selected"))
+def keep(folder: Path, kept: Path) -> None:
+    """Copy what a finished training shows to a folder of results, its weights in half precision.
+
+    The best epoch has a file of its own where it is not the last one.
+    """
+    kept.mkdir(parents=True, exist_ok=True)
+    for name in ("args.json", "log.csv", "curves.png", "console.txt"):
+        if (folder / name).exists():  # there are no curves without matplotlib
+            shutil.copy(folder / name, kept / name)
+    best, final = (folder / f"{file}_model.pth" for file in ("best", "final"))
+    if which(best) != which(final):
+        shrink.main(best, kept / best.name)
+    shrink.main(final, kept / final.name)  # the last of all: it says that the training is kept
 
 
-def keep(folder: Path, target: Path, files: tuple[str, ...]) -> None:
-    """Copy what a finished cell shows to a folder of results, its weights in half precision."""
-    target.mkdir(parents=True, exist_ok=True)
-    for pattern in ("args.json", "log.csv", "curves.png", "console.txt", "*-report.json"):
-        for path in folder.glob(pattern):
-            shutil.copy(path, target / path.name.removeprefix(f"{folder.name}-"))
-    shrink.main(folder / f"{files[0]}_model.pth", target / "model.pth")
+def which(path: Path) -> tuple[object, ...]:
+    """Return the epoch of a checkpoint, and which of its weights are measured."""
+    saved = checkpoint.load(path)
+    return saved["epoch"], saved["selected"]
 
 
 def main() -> None:
@@ -207,7 +218,7 @@ def main() -> None:
     failed = []
     for number, cell in enumerate(cells, 1):
         print(f"{number}/{len(cells)} {cell.name}", flush=True)
-        if args.list or (args.results_dir / cell.name / "model.pth").exists():
+        if args.list:
             continue
         try:
             carry_out(cell, args, deadline)
