@@ -22,7 +22,7 @@ README = HERE.parent / "README.md"
 METHODS = {
     "mix_kl": "MIX-KL", "fgsm_rs": "FGSM-RS", "n_fgsm": "N-FGSM", "mixup": "Mixup alone",
     "kl": "temperature-scaled KL alone", "t1": "MIX-KL, T 1", "pgd_at": "PGD-10 AT",
-    "kl1": "MIX-KL, KL weight 1",
+    "kl1": "MIX-KL, KL weight 1", "fgsm_rs16": "FGSM-RS, alpha 16",
 }  # fmt: skip
 
 

@@ -35,13 +35,14 @@ METHODS = {
     "t1": "--temperature 1",
     "pgd_at": "--baseline pgd_at",
     "kl1": "--kl-weight 1",
+    "fgsm_rs16": "--baseline fgsm_rs --alpha 16",
 }
 LONG = "--width 16 --train-images 4000 --epochs 110 --batch-size 64 --measure-every 10"
 SHORT = "--width 16 --epochs 15 --lr-schedule cyclic --lr 0.2 --measure-every 5"
 FAST = "--preset fast --width 16 --measure-every 4"
 STEEP = (
     "--width 16 --train-images 25000 --epochs 6 --lr-schedule cyclic --lr 0.2 --lr-peak 0.1 "
-    "--epsilon 16 --alpha 16"
+    "--epsilon 16"
 )
 AUTOATTACK = "--attacks clean pgd-50-10 cw-50 autoattack"
 PGD_CW = "--attacks clean pgd-50 cw-50"
@@ -63,7 +64,7 @@ def cpu() -> list[Cell]:
     cells = [
         Cell(f"steep-{method}-seed{seed}", f"{STEEP} {METHODS[method]} --seed {seed}",
              f"{PGD_CW} --epsilon 16 --n-examples 1000")
-        for seed in range(5) for method in ("mix_kl", "fgsm_rs", "n_fgsm", "kl1")
+        for seed in range(5) for method in ("mix_kl", "fgsm_rs", "n_fgsm", "kl1", "fgsm_rs16")
     ]  # fmt: skip
     cells += [
         Cell(f"long-{method}-seed{seed}", f"{LONG} {METHODS[method]} --seed {seed}",
