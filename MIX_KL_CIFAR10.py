@@ -59,7 +59,7 @@ def run(args: argparse.Namespace, name: str, device: torch.device) -> None:
         dataset = data.load(DATASET, NUM_CLASSES, args.data_dir, args.synthetic)
     train, held_out = data.split_held_out(dataset.train.to(device), args.held_out)
     batches = data.TrainingBatches(
-        train.first(args.train_images, "--train-images"), args.batch_size
+        train.first(args.train_images, "--train-images"), args.batch_size, args.crop_padding
     )
     network = dict(num_classes=NUM_CLASSES, mean=dataset.mean, std=dataset.std)
     model = build_model(name, width=args.width, **network)

@@ -15,8 +15,7 @@ from torch import Tensor
 import cifar
 import synthetic
 
-SIZE, PAD = 32, 4  # image side, and the border that random crops may reach into [pixels]
-WIDE = SIZE + 2 * PAD  # side of a padded image
+SIZE = 32  # image side [pixels]
 
 
 @dataclass(frozen=True)
@@ -215,18 +214,22 @@ class TrainingBatches:
     """Shuffled batches of augmented images, gathered on the device.
 
     The padded uint8 images lie there twice, as they are and flipped. ``windows`` views each pixel
-    as the corner of an image, so that crop (pad 4) and flip are only an index, and a batch copies
-    whole rows. The last incomplete batch is dropped: batch norm never sees a few images.
+    as the corner of an image, so that crop and flip are only an index, and a batch copies whole
+    rows. The last incomplete batch is dropped: batch norm never sees a few images.
     """
 
-    def __init__(self, images: Images, batch_size: int) -> None:
-        """Pad the images once; raise a ValueError where they do not fill one batch."""
+    def __init__(self, images: Images, batch_size: int, padding: int = 4) -> None:
+        """Pad the images once; raise a ValueError where they do not fill one batch.
+
+        ``padding`` is the width of the black border that crops may reach into, in pixels.
+        """
         if len(images) < batch_size:
             raise ValueError(f"--batch-size {batch_size}: there are only {len(images)} images")
-        padded = F.pad(images.pixels, (0, 0, PAD, PAD, PAD, PAD))
+        self.padding, self.wide = padding, SIZE + 2 * padding
+        padded = F.pad(images.pixels, (0, 0, *4 * [padding]))
         both = torch.stack([padded, padded.flip(2)])
-        corners = both.numel() // 3 - (SIZE - 1) * (WIDE + 1)  # the last is that of a whole image
-        self.windows = both.as_strided((corners, SIZE, 3 * SIZE), (3, 3 * WIDE, 1))
+        corners = both.numel() // 3 - (SIZE - 1) * (self.wide + 1)  # the last has a whole image
+        self.windows = both.as_strided((corners, SIZE, 3 * SIZE), (3, 3 * self.wide, 1))
         self.labels = images.labels
         self.batch_size = batch_size
 
@@ -243,9 +246,9 @@ class TrainingBatches:
     def load(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Return (B, 3, 32, 32) images in [0, 1], cropped and flipped, and (B,) labels."""
         count, device = len(index), index.device
-        top, left = torch.randint(2 * PAD + 1, (2, count), device=device)
+        top, left = torch.randint(2 * self.padding + 1, (2, count), device=device)
         flip = torch.rand(count, device=device) < 0.5
-        left = torch.where(flip, 2 * PAD - left, left)
+        left = torch.where(flip, 2 * self.padding - left, left)
         image = index + len(self.labels) * flip
-        pixels = self.windows.index_select(0, (image * WIDE + top) * WIDE + left)
+        pixels = self.windows.index_select(0, (image * self.wide + top) * self.wide + left)
         return pixels.view(count, SIZE, SIZE, 3).permute(0, 3, 1, 2) / 255, self.labels[index]

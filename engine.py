@@ -197,7 +197,7 @@ def prepare(
     average = utils.WeightAverage(model) if args.ema_decay > 0 else None
     optimizer = torch.optim.SGD(
         model.parameters(), torch.tensor(args.lr, device=device), args.momentum,
-        weight_decay=args.weight_decay, fused=True,
+        weight_decay=args.weight_decay, nesterov=args.nesterov, fused=True,
     )  # fmt: skip
     for parameter in model.parameters():
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)

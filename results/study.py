@@ -39,7 +39,7 @@ METHODS = {
 }
 LONG = "--width 16 --train-images 4000 --epochs 110 --batch-size 64 --measure-every 10"
 SHORT = "--width 16 --epochs 15 --lr-schedule cyclic --lr 0.2 --measure-every 5"
-FAST = "--preset fast --width 16 --measure-every 4"
+FAST = "--preset fast --width 16 --measure-every 7"
 STEEP = (
     "--width 16 --train-images 25000 --epochs 6 --lr-schedule cyclic --lr 0.2 --lr-peak 0.1 "
     "--epsilon 16"
@@ -73,17 +73,20 @@ def cpu() -> list[Cell]:
         for seed in range(3) for method in methods
     ]  # fmt: skip
     cells += [
-        Cell(f"short-{method}-seed0", f"{SHORT} {METHODS[method]}", PGD_CW)
-        for method in ("mix_kl", "n_fgsm", "fgsm_rs")
-    ]
-    cells.append(Cell("fast-mix_kl-seed0", FAST, PGD_CW))
+        Cell(f"short-{method}-seed{seed}", f"{SHORT} {METHODS[method]} --seed {seed}", PGD_CW)
+        for seed in range(2) for method in ("mix_kl", "n_fgsm", "fgsm_rs")
+    ]  # fmt: skip
+    cells += [Cell(f"fast-mix_kl-seed{seed}", f"{FAST} --seed {seed}", PGD_CW) for seed in range(2)]
     cells += [
         Cell(f"precision-{precision}-seed{seed}",
              f"{SHORT} --train-images 10000 --precision {precision} --seed {seed}",
              f"{PGD_CW} --n-examples 2000")
         for seed in range(3) for precision in ("bf16", "fp32")
     ]  # fmt: skip
-    return [*cells, Cell("short100-mix_kl-seed0", SHORT, PGD_CW, classes=100)]
+    return cells + [
+        Cell(f"short100-mix_kl-seed{seed}", f"{SHORT} --seed {seed}", PGD_CW, classes=100)
+        for seed in range(2)
+    ]
 
 
 def gpu() -> list[Cell]:

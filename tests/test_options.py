@@ -11,11 +11,11 @@ from conftest import ROOT
 import options
 
 TRAINING = """EMA_value allow_changed alpha attack_mode attack_steps attack_target
-attack_temperature baseline batch_size compile data_dir debug delta_init device early_stop ema_decay
-epochs epsilon factor hard_term held_out help image_sizes kl_gradient kl_reference kl_weight
-label_smoothing lamda lr lr_min lr_peak lr_schedule measure_every mixup_alpha model momentum
-on_collapse out_dir overwrite precision preset resume run_name save_every seed synthetic temperature
-train_images weight_decay width"""
+attack_temperature baseline batch_size compile crop_padding data_dir debug delta_init device
+early_stop ema_decay epochs epsilon factor hard_term held_out help image_sizes kl_gradient
+kl_reference kl_weight label_smoothing lamda lr lr_min lr_peak lr_schedule measure_every mixup_alpha
+model momentum nesterov on_collapse out_dir overwrite precision preset resume run_name save_every
+seed synthetic temperature train_images weight_decay width"""
 MEASURING = """attacks batch_size cascade compare data_dir debug device eps epsilon export help
 model model_path n_examples normalize out_dir pictures seed synthetic transfer_from weights width"""
 PUBLISHED = """--batch-size 128 --data-dir d --epochs 110 --lr-schedule cyclic --lr-min 0.0
@@ -95,6 +95,7 @@ def test_a_bad_value_is_one_line_and_status_2(words, message, capsys):
 @pytest.mark.parametrize("words, message", [
     ("--kl-reference ema --ema-decay 0", "--kl-reference ema: needs an --ema-decay"),
     ("--attack-target clean --delta-init zero", "--attack-target clean"),
+    ("--nesterov --momentum 0", "--nesterov: needs a --momentum"),
     ("--image-sizes 32 16", "--image-sizes: the last is 32"),
     ("--image-sizes 16 24 32 --epochs 2", "--image-sizes: more sizes than --epochs"),
 ])  # fmt: skip
@@ -127,7 +128,7 @@ def test_a_preset_comes_before_the_script_and_after_baseline_and_explicit_flags(
     fast = parse("--preset fast", {"epochs": 110, "kl_weight": 9.0})
     assert fast.image_sizes[-1] == 32 and fast.epochs < 15 and fast.method == "mix_kl"
     assert fast.image_sizes[0] < 32 and parse("").image_sizes == [32]
-    assert parse("--preset fast --epochs 3").epochs == 3
+    assert parse("--preset fast --epochs 5").epochs == 5
     trades = parse("--preset fast --baseline trades")
     assert (trades.kl_weight, trades.epochs) == (6, fast.epochs)
 
