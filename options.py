@@ -142,8 +142,7 @@ def add_optimisation(parser: Parser) -> None:
         help="side of the training images in equal parts of the run, the last is 32: 16 24 32 is "
         "progressive resizing (default: 32 throughout)")
     add("--crop-padding", type=count(0, 32), default=4, metavar="PIXELS",
-        help="width of the black border that random crops reach into; 0 crops nothing "
-        "(default %(default)s)")
+        help="border that random crops reach into; 0: no crops (default %(default)s)")
     add("--batch-size", type=count(2), default=128,
         help="images a step, of all processes together (default %(default)s)")
     add("--lr", "--lr-max", type=number(0), default=0.1,
@@ -156,14 +155,12 @@ def add_optimisation(parser: Parser) -> None:
         help="part of the run at which cyclic and onecycle peak (default %(default)s)")
     add("--momentum", type=number(0, 1), default=0.9, help="of SGD (default %(default)s)")
     add("--nesterov", action=argparse.BooleanOptionalAction, default=False,
-        help="Nesterov's momentum (default: not)")
-    add("--weight-decay", type=number(0), default=5e-4,
-        help="of SGD, on all parameters (default %(default)s)")
+        help="Nesterov's form of momentum (default: not)")
+    add("--weight-decay", type=number(0), default=5e-4, help="of SGD (default %(default)s)")
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
         help="of training; auto: bf16 where it is faster. Measuring is always fp32")
     add("--compile", choices=("auto", "on", "off"), default="auto",
-        help="whether the training step is one CUDA graph; auto: on a single GPU "
-        "(default %(default)s)")
+        help="the training step as one CUDA graph; auto: on a single GPU (default %(default)s)")
 
 
 def add_run(parser: Parser) -> None:
@@ -204,8 +201,7 @@ def training_parser(doc: str, defaults: dict[str, object]) -> Parser:
     parser = Parser(description=doc.split("\n\n")[0], allow_abbrev=False)
     for add in (add_method, add_optimisation, add_run, add_shared):
         add(parser)
-    unknown = defaults.keys() - {action.dest for action in parser._actions}
-    if unknown:
+    if unknown := defaults.keys() - {action.dest for action in parser._actions}:
         raise KeyError(f"no flag sets {min(unknown)}")
     parser.set_defaults(**defaults)
     return parser
@@ -269,13 +265,11 @@ def measuring_parser(doc: str) -> Parser:
     add("--transfer-from", type=Path, metavar="FILE",
         help="checkpoint on which the attack transfer makes its images")
     add("--export", type=Path, metavar="DIR", help="also write the network as RobustBench wants it")
-    add("--weights", choices=("raw", "ema"),
-        help="which set of the file (default: the one it selects)")
+    add("--weights", choices=("raw", "ema"), help="which of the file (default: its selection)")
     add("--model", help="network of a file that does not name it (a bare state dict)")
     add("--width", type=count(), metavar="C", help="its width, where it is a ResNet and not 64")
     add("--normalize", choices=("dataset", "none"), default="dataset",
-        help="what the images go through in such a network (default: mean and deviation of the "
-        "dataset)")
+        help="what the images go through in such a network (default: the dataset's statistics)")
     add("--batch-size", type=count(), default=256, help="images at a time (default %(default)s)")
     add_shared(parser)
     return parser
