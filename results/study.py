@@ -40,10 +40,8 @@ METHODS = {
 LONG = "--width 16 --train-images 4000 --epochs 110 --batch-size 64 --measure-every 10"
 SHORT = "--width 16 --epochs 15 --lr-schedule cyclic --lr 0.2 --measure-every 5"
 FAST = "--preset fast --width 16 --measure-every 7"
-STEEP = (
-    "--width 16 --train-images 25000 --epochs 6 --lr-schedule cyclic --lr 0.2 --lr-peak 0.1 "
-    "--epsilon 16"
-)
+RISE = "--width 16 --train-images 25000 --epochs 6 --lr-schedule cyclic --lr 0.2 --epsilon 16"
+STEEP = f"{RISE} --lr-peak 0.1"
 AUTOATTACK = "--attacks clean pgd-50-10 cw-50 autoattack"
 PGD_CW = "--attacks clean pgd-50 cw-50"
 
@@ -65,6 +63,11 @@ def cpu() -> list[Cell]:
         Cell(f"steep-{method}-seed{seed}", f"{STEEP} {METHODS[method]} --seed {seed}",
              f"{PGD_CW} --epsilon 16 --n-examples 1000")
         for seed in range(5) for method in ("mix_kl", "fgsm_rs", "n_fgsm", "kl1", "fgsm_rs16")
+    ]  # fmt: skip
+    cells += [
+        Cell(f"rise-{method}-seed{seed}", f"{RISE} {METHODS[method]} --seed {seed}",
+             f"{PGD_CW} --epsilon 16 --n-examples 1000")
+        for seed in range(5) for method in ("mix_kl", "fgsm_rs", "n_fgsm")
     ]  # fmt: skip
     cells += [
         Cell(f"long-{method}-seed{seed}", f"{LONG} {METHODS[method]} --seed {seed}",
