@@ -124,13 +124,19 @@ def score(row: dict[str, float]) -> float:
 def collapsed(rows: list[dict[str, float]]) -> bool:
     """Return whether the last epoch shows catastrophic overfitting in the raw weights.
 
-    It does where held-out PGD accuracy has lost more than half of its best within two measured
-    epochs (and more than ``COLLAPSE_FLOOR``), and FGSM accuracy has not: where that fell as well,
-    PGD accuracy must have kept less than half of the share that FGSM accuracy kept.
+    It does where held-out PGD accuracy is below half of FGSM accuracy, or has lost more than half
+    of its best within two measured epochs while FGSM accuracy has not: where that fell as well, PGD
+    accuracy must have kept less than half of the share that FGSM accuracy kept. Differences of less
+    than ``COLLAPSE_FLOOR`` are none.
     """
     *before, now = live(rows)
     before = measured(before)
-    if not before or not measured([now]):
+    if not measured([now]):
+        return False
+    gap = now["fgsm_acc"] - now["pgd10_acc"]
+    if gap > COLLAPSE_FLOOR and gap > now["fgsm_acc"] / 2:
+        return True
+    if not before:
         return False
     best = max(before[-2:], key=lambda row: row["pgd10_acc"])
     fgsm_kept = min(1, now["fgsm_acc"] / best["fgsm_acc"]) if best["fgsm_acc"] else 1

@@ -291,17 +291,21 @@ def rows_of(pgd, fgsm=None):
 
 @pytest.mark.parametrize("pgd, fgsm, verdict", [
     ([0.40, 0.42, 0.01], None, True),  # at once
-    ([0.40, 0.25, 0.15], None, True),  # within two epochs
-    ([0.40, 0.33, 0.27, 0.22], None, False),  # slowly: robust overfitting, not a collapse
+    ([0.40, 0.25, 0.15], [0.3] * 3, True),  # within two epochs
+    ([0.40, 0.33, 0.27, 0.22], [0.4] * 4, False),  # slowly: robust overfitting, not a collapse
     ([0.40, 0.42, 0.25], None, False),  # by less than half
     ([0.127, 0.097, 0.001], [0.182, 0.150, 0.083], True),  # measured: FGSM-RS at eps 16
+    ([0.000], [0.110], True),  # measured: MIX-KL, collapsed before its first measured epoch
+    ([0.042], [0.105], True),  # measured: FGSM-RS, whose PGD accuracy never was high
+    ([0.081], [0.146], False),  # measured: FGSM-RS, ill, one epoch before
+    ([0.151], [0.159], False),  # measured: a healthy network
     ([0.40, 0.42, 0.10], [0.5, 0.5, 0.1], False),  # both fell alike: the network is just worse
-    ([0.04, 0.00], None, False),  # noise
+    ([0.04, 0.00], [0.04, 0.04], False),  # noise
     ([0.10, 0.20, 0.30], None, False),
-    ([0.00], None, False),
+    ([0.00], [0.04], False),
     ([0.40, None, 0.42, None, None], None, False),  # the last one was not measured
-    ([0.40, None, None, 0.25, None, 0.15], None, True),  # within two measured epochs
-    ([0.40, None, 0.33, None, 0.27, None, 0.19], None, False),  # the best is three of them ago
+    ([0.40, None, None, 0.25, None, 0.15], [0.3] * 6, True),  # within two measured epochs
+    ([0.40, None, 0.33, None, 0.27, None, 0.19], [0.3] * 7, False),  # the best is three of them ago
     ([None, None, 0.30], None, False),
 ])  # fmt: skip
 def test_a_collapse_is_announced_and_nothing_else_is(pgd, fgsm, verdict):
