@@ -91,7 +91,7 @@ def add_method(parser: Parser) -> None:
     add("--baseline", choices=presets.BASELINES,
         help="train another method instead: settings of the flags below")
     add("--preset", choices=presets.PRESETS,
-        help="fast: 14 epochs on images that grow from 16 to 32 pixels, without Mixup and KL")
+        help="fast: 13 epochs on images that grow from 16 to 32 pixels, without Mixup and KL")
     add("--mixup-alpha", type=number(0), default=0.2, metavar="A",
         help="lam ~ Beta(A, A); 0 is no mixup (default %(default)s)")
     add("--temperature", type=temperatures, default=(2.0, 2.0), metavar="T",

@@ -14,7 +14,7 @@ BASELINES = {
 }  # fmt: skip
 PRESETS = {
     "fast": dict(
-        epochs=14, image_sizes=[16, 16, 24, 32], crop_padding=1, mixup_alpha=0.0, kl_weight=0.0,
+        epochs=13, image_sizes=[16, 16, 24, 32], crop_padding=1, mixup_alpha=0.0, kl_weight=0.0,
         delta_init="noise", lr_schedule="cyclic", lr=0.2, lr_peak=0.2, nesterov=True,
         ema_decay=0.99,
     ),
