@@ -99,7 +99,7 @@ def add_method(parser: Parser) -> None:
     add("--attack-temperature", type=temperatures, metavar="T",
         help="T of the attack (default: that of --temperature)")
     add("--kl-weight", type=number(0), metavar="W", help="weight of the KL term; 0 is none "
-        "(default: half of epsilon, so 4 at 8/255 and 8 at 16/255)")
+        "(default: (epsilon / 8)^3, so 1 at 8/255 and 8 at 16/255)")
     add("--kl-reference", choices=("start", "clean", "ema"), default="start",
         help="KL to the logits of the attack's start, of the unperturbed image, or of the averaged "
         "weights there (default %(default)s)")
@@ -223,8 +223,8 @@ def parse_training(argv: list[str], doc: str, defaults: dict[str, object]) -> ar
             print(f"note: {flag} has no effect; {replacement} replaces it", file=sys.stderr)
     ratio = vars(args).pop("alpha_ratio")
     args.alpha = args.epsilon * ratio if args.alpha is None else args.alpha
-    if args.kl_weight is None:  # 1 at 8/255 and at 16/255 loses seeds to catastrophic overfitting
-        args.kl_weight = args.epsilon / 2
+    if args.kl_weight is None:  # GradAlign's weight grows alike: tenfold from 8/255 to 16/255
+        args.kl_weight = (args.epsilon / 8) ** 3
     args.attack_temperature = args.attack_temperature or args.temperature
     args.method = args.baseline or "mix_kl"
     if args.kl_weight > 0 and args.kl_reference == "ema" and args.ema_decay == 0:

@@ -119,7 +119,7 @@ def test_baselines_are_settings_that_explicit_flags_override(baseline, alpha, st
 
 def test_the_weight_of_the_kl_term_grows_with_epsilon_where_no_flag_sets_it():
     weights = [parse(f"--epsilon {epsilon}").kl_weight for epsilon in ("4", "8/255", "12", "16")]
-    assert weights == pytest.approx([2, 4, 6, 8])
+    assert weights == pytest.approx([0.125, 1, 3.375, 8])
     assert parse("--epsilon 16 --kl-weight 1").kl_weight == 1
     assert parse("--epsilon 16 --baseline n_fgsm").kl_weight == 0
 
