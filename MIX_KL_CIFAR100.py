@@ -30,7 +30,6 @@ DEFAULTS = dict(
     batch_size=128,
     lr=0.2,
     lr_schedule="cyclic",
-    lr_peak=20 / 110,
     mixup_alpha=0.2,
     temperature=(2.0, 2.0),
     ema_decay=0.999,

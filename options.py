@@ -151,7 +151,7 @@ def add_optimisation(parser: Parser) -> None:
     add("--lr-schedule", choices=("multistep", "cyclic", "onecycle", "cosine", "constant"),
         default="multistep", help="multistep: a tenth from 99/110 of the run on, a hundredth from "
         "104/110; cyclic: a triangle (default %(default)s)")
-    add("--lr-peak", type=number(0.001, 0.999), default=0.4, metavar="P",
+    add("--lr-peak", type=number(0.001, 0.999), default=0.01, metavar="P",
         help="part of the run at which cyclic and onecycle peak (default %(default)s)")
     add("--momentum", type=number(0, 1), default=0.9, help="of SGD (default %(default)s)")
     add("--nesterov", action=argparse.BooleanOptionalAction, default=False,

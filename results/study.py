@@ -36,12 +36,15 @@ METHODS = {
     "pgd_at": "--baseline pgd_at",
     "kl1": "--kl-weight 1",
     "fgsm_rs16": "--baseline fgsm_rs --alpha 16",
+    "late": "--lr-peak 0.4",
 }
 LONG = "--width 16 --train-images 4000 --epochs 110 --batch-size 64 --measure-every 10"
 SHORT = "--width 16 --epochs 15 --lr-schedule cyclic --lr 0.2 --measure-every 5"
 FAST = "--preset fast --width 16 --measure-every 7"
-RISE = "--width 16 --train-images 25000 --epochs 6 --lr-schedule cyclic --lr 0.2 --epsilon 16"
-STEEP = f"{RISE} --lr-peak 0.1"
+STEEP = (
+    "--width 16 --train-images 25000 --epochs 6 --lr-schedule cyclic --lr 0.2 --lr-peak 0.1 "
+    "--epsilon 16"
+)
 AUTOATTACK = "--attacks clean pgd-50-10 cw-50 autoattack"
 PGD_CW = "--attacks clean pgd-50 cw-50"
 
@@ -65,11 +68,6 @@ def cpu() -> list[Cell]:
         for seed in range(5) for method in ("mix_kl", "fgsm_rs", "n_fgsm", "kl1", "fgsm_rs16")
     ]  # fmt: skip
     cells += [
-        Cell(f"rise-{method}-seed{seed}", f"{RISE} {METHODS[method]} --seed {seed}",
-             f"{PGD_CW} --epsilon 16 --n-examples 1000")
-        for seed in range(5) for method in ("mix_kl", "fgsm_rs", "n_fgsm")
-    ]  # fmt: skip
-    cells += [
         Cell(f"long-{method}-seed{seed}", f"{LONG} {METHODS[method]} --seed {seed}",
              f"{AUTOATTACK} --n-examples 1000", ("final", "best"))
         for methods in (("mix_kl", "n_fgsm", "fgsm_rs"), ("mixup", "kl", "t1"), ("pgd_at",))
@@ -77,12 +75,12 @@ def cpu() -> list[Cell]:
     ]  # fmt: skip
     cells += [
         Cell(f"short-{method}-seed{seed}", f"{SHORT} {METHODS[method]} --seed {seed}", PGD_CW)
-        for seed in range(2) for method in ("mix_kl", "n_fgsm", "fgsm_rs")
+        for seed in range(2) for method in ("mix_kl", "n_fgsm", "fgsm_rs", "late")
     ]  # fmt: skip
     cells += [Cell(f"fast-mix_kl-seed{seed}", f"{FAST} --seed {seed}", PGD_CW) for seed in range(2)]
     cells += [
         Cell(f"precision-{precision}-seed{seed}",
-             f"{SHORT} --train-images 10000 --precision {precision} --seed {seed}",
+             f"{SHORT} --lr-peak 0.4 --train-images 10000 --precision {precision} --seed {seed}",
              f"{PGD_CW} --n-examples 2000")
         for seed in range(3) for precision in ("bf16", "fp32")
     ]  # fmt: skip
