@@ -153,6 +153,9 @@ def carry_out(cell: Cell, args: argparse.Namespace, deadline: float) -> None:
         subprocess.CalledProcessError: A script failed; the cell's console.txt says why.
     """
     folder, kept = HERE.parent / args.out_dir / cell.name, args.results_dir / cell.name
+    reports = {file: kept / f"{file}_model-report.json" for file in cell.files}
+    if all(report.exists() for report in reports.values()):
+        return  # done, even where the weights were thought not worth keeping
     folder.mkdir(parents=True, exist_ok=True)
     shared = ["--data-dir", str(args.data_dir), "--device", args.device]
     data = "" if cell.classes == 10 else "0"
@@ -164,8 +167,8 @@ def carry_out(cell: Cell, args: argparse.Namespace, deadline: float) -> None:
         keep(folder, kept)
     if args.train_only:
         return
-    for file in cell.files:
-        path, report = kept / f"{file}_model.pth", kept / f"{file}_model-report.json"
+    for file, report in reports.items():
+        path = kept / f"{file}_model.pth"
         if report.exists():
             continue
         if not path.exists():  # the best epoch is the last one
