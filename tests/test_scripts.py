@@ -153,8 +153,9 @@ def test_a_bare_state_dict_measures_as_its_checkpoint_does(tmp_path, script):
 @pytest.mark.slow
 def test_synthetic_images_tell_a_robust_network_from_an_undefended_one(tmp_path, script):
     """The two numbers that make the synthetic images worth something; both are printed."""
-    common = ["--synthetic", "--width", "8", "--lr-schedule", "cyclic", "--batch-size", "64"]
-    common += ["--held-out", "64", "--precision", "fp32", "--out_dir", tmp_path]
+    common = ["--synthetic", "--width", "8", "--lr-schedule", "cyclic", "--lr-peak", "0.4"]
+    common += ["--batch-size", "64", "--held-out", "64", "--precision", "fp32"]
+    common += ["--out_dir", tmp_path]
     undefended = ["--baseline", "fgsm_at", "--epsilon", "0", "--epochs", "2"]
     robust = ["--baseline", "n_fgsm", "--epochs", "4"]
     accuracy = {}
