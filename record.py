@@ -130,12 +130,11 @@ def collapsed(rows: list[dict[str, float]]) -> bool:
     than ``COLLAPSE_FLOOR`` are none.
     """
     *before, now = live(rows)
-    before = measured(before)
     if not measured([now]):
         return False
-    gap = now["fgsm_acc"] - now["pgd10_acc"]
-    if gap > COLLAPSE_FLOOR and gap > now["fgsm_acc"] / 2:
+    if now["fgsm_acc"] - now["pgd10_acc"] > max(COLLAPSE_FLOOR, now["fgsm_acc"] / 2):
         return True
+    before = measured(before)
     if not before:
         return False
     best = max(before[-2:], key=lambda row: row["pgd10_acc"])

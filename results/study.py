@@ -164,7 +164,7 @@ def carry_out(cell: Cell, args: argparse.Namespace, deadline: float) -> None:
         words = [f"MIX_KL_CIFAR10{data}.py", *train, "--run-name", cell.name, "--resume"]
         words += ["--out-dir", str(args.out_dir), *shared]
         call(words, folder / "console.txt", deadline)
-        keep(folder, kept)
+        keep(folder, kept, cell.files)
     if args.train_only:
         return
     for file, report in reports.items():
@@ -181,17 +181,17 @@ def carry_out(cell: Cell, args: argparse.Namespace, deadline: float) -> None:
         shutil.copy(folder / f"{cell.name}-{report.name}", report)
 
 
-def keep(folder: Path, kept: Path) -> None:
+def keep(folder: Path, kept: Path, files: tuple[str, ...]) -> None:
     """Copy what a finished training shows to a folder of results, its weights in half precision.
 
-    The best epoch has a file of its own where it is not the last one.
+    The best epoch has a file of its own where it is to be measured and is not the last one.
     """
     kept.mkdir(parents=True, exist_ok=True)
     for name in ("args.json", "log.csv", "curves.png", "console.txt"):
         if (folder / name).exists():  # there are no curves without matplotlib
             shutil.copy(folder / name, kept / name)
     best, final = (folder / f"{file}_model.pth" for file in ("best", "final"))
-    if which(best) != which(final):
+    if "best" in files and which(best) != which(final):
         shrink.main(best, kept / best.name)
     shrink.main(final, kept / final.name)  # the last of all: it says that the training is kept
 

@@ -60,7 +60,7 @@ def test_a_study_that_is_cut_off_goes_on_and_keeps_each_cell_once(run, study, tm
         best = {"epoch": epoch, "selected": final["selected"]}
         checkpoint.save(folder / "best_model.pth", final | best)
         (kept / "best_model.pth").unlink(missing_ok=True)
-        study.keep(folder, kept)
+        study.keep(folder, kept, ("final", "best"))
         assert (kept / "best_model.pth").exists() is (epoch == 1)
     shutil.rmtree(folder)  # another machine measures what this one has trained
 
