@@ -122,11 +122,14 @@ def measuring(model: nn.Module, x: Tensor) -> Iterator[None]:
     """Hold the model in eval mode and fp32; a ValueError where x are not images in [0, 1]."""
     refuse_other_images(x, values=True)
     modes = [(module, module.training) for module in model.modules()]
+    # By default GPUs compute fp32 convolutions in TF32, which has 10 bits of the 23.
+    tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
     model.eval()
     try:
         with torch.autocast(x.device.type, enabled=False):
             yield
     finally:
+        torch.backends.cudnn.allow_tf32 = tf32
         for module, training in modes:
             module.training = training
 

@@ -169,6 +169,7 @@ def attack(
         progress: Whether to show a bar.
     """
     version, parts = VERSIONS[name]
+    batch_size = -parallel.maxima(-batch_size)[0]  # some may have halved theirs: all deal the same
     settings = dict(epsilon=epsilon, seed=seed, batch_size=batch_size)
     title = library()[1]
     journal = Journal(folder and journal_path(folder, model, x, y, name, settings))

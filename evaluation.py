@@ -214,13 +214,7 @@ def by_the_library(
 def transferred(
     model: nn.Module, x: Tensor, y: Tensor, upright: Tensor, attack: Attack, settings: Settings
 ) -> Outcome:
-    """Return which images stand against PGD images made on another network.
-
-    Raises:
-        ValueError: There is no other network.
-    """
-    if settings.source is None:
-        raise ValueError("--attacks transfer: name the other checkpoint with --transfer-from")
+    """Return which images stand against PGD images made on another network."""
     began = time.perf_counter()
     starts = uniform_starts(x, settings.epsilon, settings.seed)
     standing = upright.long()

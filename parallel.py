@@ -26,7 +26,9 @@ LAUNCHERS = (
     ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),  # srun
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),  # mpirun
 )
-PATIENCE = timedelta(minutes=10)  # how long a process waits for the others
+# How long a process waits for one that lives: hours of AutoAttack are dealt out unevenly. One that
+# has died is noticed by its closed connection, or by the launcher.
+PATIENCE = timedelta(days=1)
 
 
 def rank() -> int:
@@ -59,8 +61,6 @@ def start(device_name: str) -> torch.device:
             )
     on_gpu = device_name != "cpu" and torch.cuda.is_available()
     device = utils.pick_device(f"cuda:{local}" if on_gpu else device_name)
-    if on_gpu:
-        torch.cuda.set_device(device)
     dist.init_process_group(
         "nccl" if on_gpu else "gloo", rank=int(mine), world_size=int(count), timeout=PATIENCE
     )

@@ -17,6 +17,10 @@ import utils
 
 COLLAPSE_FLOOR = 0.05  # a fall of fewer points than this is noise on 1,000 images
 Measure = Callable[[nn.Module], dict[str, float]]  # model -> accuracy by attack, in [0, 1]
+# What a run writes besides args.json, and --overwrite takes away first.
+WRITTEN = (
+    "log.csv", "curves.png", "best_model.pth", "final_model.pth", "state.pth", "state.pth.prev",
+)  # fmt: skip
 MEASURED = {"clean": "clean", "fgsm": "FGSM", "pgd10": "PGD-10"}  # accuracies, as log and line say
 
 
@@ -73,7 +77,7 @@ def run_folder(out_dir: Path, name: str | None, default: str, overwrite: bool) -
                     f"{out_dir / name}: exists; choose another --run-name, or add --overwrite"
                 ) from None
             continue
-        for file in ("log.csv", "state.pth", "state.pth.prev"):  # of the run that is replaced
+        for file in WRITTEN:  # by the run that is replaced
             (out_dir / stem / file).unlink(missing_ok=True)
         return out_dir / stem
     raise ValueError(f"{out_dir}: too many runs")

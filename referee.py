@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+import auto_attack
 import checkpoint
 import checks
 import evaluation
@@ -17,6 +18,22 @@ import pictures
 import report
 
 PROBED = 256  # images on which the network is probed for signs of a wrong defence
+
+
+def refuse(args: argparse.Namespace) -> None:
+    """Refuse what would otherwise be found out after hours of attacks.
+
+    Raises:
+        ValueError: AutoAttack is not installed, there is no other network for ``transfer``, or the
+            folder of ``--export`` exists.
+    """
+    families = {evaluation.parse_attack(name).family for name in args.attacks}
+    if families & auto_attack.VERSIONS.keys():
+        auto_attack.library()
+    if "transfer" in families and args.transfer_from is None:
+        raise ValueError("--attacks transfer: name the other checkpoint with --transfer-from")
+    if args.export and args.export.exists():
+        raise ValueError(f"--export {args.export}: exists; name a new folder, or remove it")
 
 
 def open_network(
@@ -82,18 +99,18 @@ def measure(
             progress=True, journal=args.out_dir, source=source,
         )  # fmt: skip
         rows, verdicts, journals = evaluation.evaluate(model, x, y, args.attacks, settings)
-        if parallel.rank():
-            continue
         here = {"epsilon": epsilon, "cascade": args.cascade, "machine": report.machine(x.device)}
         measured = report.build(facts | here, rows, verdicts, y)
-        measured["warnings"] = warnings(model, x, y, measured, args.cascade)
-        print(f"eps {255 * epsilon:g}/255\n{report.table(measured)}")
-        suffix = f"-eps{255 * epsilon:g}" if len(sizes) > 1 else ""
-        path = report.write(measured, verdicts, y, args.out_dir, f"{stem}{suffix}-report")
-        print(f"report: {path}")
-        for journal in journals:
+        with parallel.rank_0_first():
+            if not parallel.rank():
+                measured["warnings"] = warnings(model, x, y, measured, args.cascade)
+                print(f"eps {255 * epsilon:g}/255\n{report.table(measured)}")
+                suffix = f"-eps{255 * epsilon:g}" if len(sizes) > 1 else ""
+                path = report.write(measured, verdicts, y, args.out_dir, f"{stem}{suffix}-report")
+                print(f"report: {path}")
+                reports.append(measured)
+        for journal in journals:  # each process has its own
             journal.unlink(missing_ok=True)
-        reports.append(measured)
     if len(reports) > 1:
         print(sweep(reports, args.out_dir / f"{stem}-sweep.png"))
     return min(reports, key=lambda f: abs(255 * f["epsilon"] - args.epsilon), default=None)

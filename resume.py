@@ -194,7 +194,7 @@ def find(args: Namespace, default: str) -> Path | None:
         numbered = re.compile(re.escape(default) + r"(?:-(\d+))?")
         known = {p: numbered.fullmatch(p.name) for p in args.out_dir.glob(f"{default}*")}
         known = {path: int(match[1] or 1) for path, match in known.items() if match}
-        folders = sorted(known, key=known.get, reverse=True)
+        folders = sorted(known, key=known.get)[-1:]  # an older one is another run
     states = [folder / NAME for folder in folders]
     return next((p for p in states if p.exists() or files.previous(p).exists()), None)
 
@@ -208,7 +208,9 @@ def check_flags(state: dict[str, object], args: Namespace) -> None:
     before, now = state["args"], checkpoint.plain(args)
     changed = {key: (before.get(key), value) for key, value in now.items() if key not in FREE}
     changed = {key: pair for key, pair in changed.items() if pair[0] != pair[1]}
-    text = ", ".join(f"--{k.replace('_', '-')} {a} -> {b}" for k, (a, b) in changed.items())
+    names = {"dtype": "precision", "processes": "nproc-per-node of torchrun"}
+    flags = {key: names.get(key, key.replace("_", "-")) for key in changed}
+    text = ", ".join(f"--{flags[key]} {a} -> {b}" for key, (a, b) in changed.items())
     if changed and not args.allow_changed:
         raise ValueError(
             f"--resume: flags that change the run: {text}; give them as before, or --allow-changed"

@@ -31,6 +31,7 @@ def main(argv: list[str]) -> None:
         return
     args.attacks = [evaluation.parse_attack(name).name for name in args.attacks]
     args.model = args.model and canonical_name(args.model)
+    referee.refuse(args)
     device = parallel.start(args.device)
     utils.keep_freed_memory()
     with utils.memory_named("try fewer --n-examples, or another --device"), parallel.together():

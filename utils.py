@@ -195,7 +195,7 @@ def seed_everything(seed: int, rank: int = 0) -> None:
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device called ``name``; ``auto`` is the first GPU, else the CPU.
+    """Return the device called ``name``, made current; ``auto`` is the first GPU, else the CPU.
 
     Raises:
         ValueError: No such device is here.
@@ -210,6 +210,8 @@ def pick_device(name: str) -> torch.device:
             f"--device {name}: not available ({str(error).splitlines()[0]}); --device auto takes "
             "what is here"
         ) from error
+    if probe.device.type == "cuda":
+        torch.cuda.set_device(probe.device)  # a CUDA graph is recorded on the current one
     return probe.device
 
 

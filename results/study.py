@@ -183,8 +183,10 @@ def carry_out(cell: Cell, args: argparse.Namespace, deadline: float) -> None:
         words = [f"test_cifar10{data}.py", "--model-path", os.path.relpath(path, HERE.parent)]
         words += [*shlex.split(cell.measure), *shlex.split(args.measure_flags)]
         words += ["--out-dir", str(args.out_dir / cell.name), *shared]
+        written = folder / f"{cell.name}-{report.name}"
+        written.unlink(missing_ok=True)  # of an earlier measurement: the new one would be numbered
         call(words, kept / "console.txt", deadline)
-        shutil.copy(folder / f"{cell.name}-{report.name}", report)
+        shutil.copy(written, report)
 
 
 def keep(folder: Path, kept: Path, files: tuple[str, ...]) -> None:

@@ -72,6 +72,16 @@ def test_a_batch_too_large_for_the_memory_is_halved(case, capsys):
         )
 
 
+def test_processes_deal_batches_of_the_size_that_suits_all(case, tmp_path, monkeypatch):
+    monkeypatch.setattr(auto_attack.parallel, "maxima", lambda *sizes: [max(-5, *sizes)])
+    seen = []
+    monkeypatch.setattr(
+        auto_attack, "fallen", lambda m, x, y, *_, **__: seen.append(len(y)) or y < 0
+    )
+    standing = ours(*case, "apgd-ce").standing
+    assert set(seen) <= {5, sum(seen) % 5} and sum(seen) == standing.sum()  # another has halved its
+
+
 class Killed(BaseException):
     """What a kill looks like from inside."""
 

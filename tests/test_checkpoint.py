@@ -305,12 +305,13 @@ def test_runs_never_share_a_folder(tmp_path):
     folders = [record.run_folder(tmp_path / "out", None, "run", False).name for _ in range(3)]
     assert folders == ["run", "run-2", "run-3"]
     record.run_folder(tmp_path / "out", "mine", "run", False)
-    (tmp_path / "out" / "mine" / "log.csv").write_text("old")
+    for name in ("log.csv", "best_model.pth"):
+        (tmp_path / "out" / "mine" / name).write_text("old")
     with pytest.raises(ValueError, match="choose another --run-name, or add --overwrite"):
         record.run_folder(tmp_path / "out", "mine", "run", False)
     assert (tmp_path / "out" / "mine" / "log.csv").read_text() == "old"
     record.run_folder(tmp_path / "out", "mine", "run", True)
-    assert not (tmp_path / "out" / "mine" / "log.csv").exists()
+    assert not list((tmp_path / "out" / "mine").iterdir())  # no model of the run before either
 
 
 def test_the_revision_is_that_of_git(monkeypatch):

@@ -56,6 +56,7 @@ MAY_IMPORT = {
     "presets": set(),
     "record": {"checkpoint", "files", "plots", "utils"},
     "referee": {
+        "auto_attack",
         "checkpoint",
         "checks",
         "evaluation",

@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, write_archive
 
+import auto_attack
 import checkpoint
 import data
 import export
@@ -91,9 +92,21 @@ def test_transfer_takes_its_images_from_the_other_file(case, script):
     words = ["--model", "preact-resnet-18", "--width", "8", "--attacks", "clean", "transfer"]
     measure(script, case, *words, "--transfer-from", case / "other.pth")
     assert [row["attack"] for row in report_of(case)["attacks"]] == ["clean", "transfer"]
-    status, _, err = script("test_cifar10", "--model_path", case / "model.pth", "--data-dir", case,
-                            "--attacks", "transfer")  # fmt: skip
-    assert (status, len(err.splitlines())) == (2, 1) and "--transfer-from" in err
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--attacks", "clean", "transfer"], "name the other checkpoint with --transfer-from"),
+    (["--attacks", "pgd-2", "autoattack"], "pip install -r requirements-eval.txt"),
+    (["--export", "old"], "--export old: exists; name a new folder"),
+])  # fmt: skip
+def test_what_would_fail_after_hours_is_refused_before_anything_is_read(
+    case, script, monkeypatch, words, message
+):
+    monkeypatch.setattr(auto_attack, "LIBRARIES", ("no_such_library",))
+    monkeypatch.chdir(case)
+    (case / "old").mkdir()
+    status, out, err = script("test_cifar10", "--model_path", "no-such-file.pth", *words)
+    assert (status, len(err.splitlines()), out) == (2, 1, "") and message in err
 
 
 @pytest.mark.parametrize("name", ["PreActResNet18", "WideResNet16-4"])

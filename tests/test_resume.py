@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 
 import pytest
 import torch
@@ -175,6 +176,23 @@ def test_a_missing_path_is_an_error_and_a_missing_state_a_fresh_start(tmp_path, 
     assert (status, len(err.splitlines())) == (2, 1) and "no such state" in err
     assert not (tmp_path / "new").exists()
     assert script("MIX_KL_CIFAR10", *words, "--resume")[0] == 0
+
+
+def test_without_a_name_the_newest_run_is_meant_and_no_older_one(tmp_path):
+    args = Namespace(resume="auto", run_name=None, out_dir=tmp_path)
+    for name in ("run", "run-2", "run-10", "other-11"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / resume.NAME).touch()
+    assert resume.find(args, "run") == tmp_path / "run-10" / resume.NAME
+    (tmp_path / "run-10" / resume.NAME).unlink()  # killed before it first saved: to be begun anew
+    assert resume.find(args, "run") is None
+
+
+def test_flags_that_are_not_typed_so_are_named_as_they_are_typed():
+    args = Namespace(dtype=torch.float32, processes=1, allow_changed=False)
+    state = {"args": {"dtype": "torch.bfloat16", "processes": 2, "allow_changed": False}}
+    with pytest.raises(ValueError, match=r"--precision .*, --nproc-per-node of torchrun 2 -> 1"):
+        resume.check_flags(state, args)
 
 
 def test_a_loss_that_is_not_finite_exits_with_3_and_leaves_the_last_good_state(stopped, script):

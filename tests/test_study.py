@@ -77,6 +77,10 @@ def test_a_study_that_is_cut_off_goes_on_and_keeps_each_cell_once(run, study, tm
     assert first == second
     assert first["sha256"] == checkpoint.sha256(kept / "final_model.pth")
 
+    (kept / "final_model-report.json").unlink()  # to be measured again, on other images
+    assert run("--only", "*mix_kl*", "--measure-flags", "--n-examples 10")[0] == 0
+    assert json.loads((kept / "final_model-report.json").read_text())["n"] == 10
+
     before = {path: path.stat().st_mtime_ns for path in kept.iterdir()}
     status, out = run("--only", "*mix_kl*")
     assert status == 0 and {path: path.stat().st_mtime_ns for path in kept.iterdir()} == before
