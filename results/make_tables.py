@@ -1,4 +1,4 @@
-"""Rebuild the tables of results in the README from the logs and reports beside this file.
+"""Rebuild the tables of results in both READMEs, and collapse.png, from the logs and reports here.
 
     python3 results/make_tables.py
 
@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from report import wilson
 
 HERE = Path(__file__).resolve().parent
-README = HERE.parent / "README.md"
+PAGES = (HERE.parent / "README.md", HERE / "README.md")
 METHODS = {
     "mix_kl": "MIX-KL", "fgsm_rs": "FGSM-RS", "n_fgsm": "N-FGSM", "mixup": "Mixup alone",
     "kl": "temperature-scaled KL alone", "t1": "MIX-KL, T 1", "pgd_at": "PGD-10 AT",
@@ -136,9 +136,10 @@ def study(prefix: str, titles: dict[str, str] = METHODS) -> list[str]:
         folders = sorted(HERE.glob(f"{prefix}-{method}-seed*"))
         for file in ("final", "best"):
             found = [folder / f"{file}_model-report.json" for folder in folders]
-            reports = [json.loads(path.read_text()) for path in found if path.exists()]
+            found = [path for path in found if path.exists()]
+            reports = [json.loads(path.read_text()) for path in found]
             if reports:
-                rows.append((title, file, reports, [log_of(folder) for folder in folders]))
+                rows.append((title, file, reports, [log_of(path.parent) for path in found]))
     names = [row["attack"] for row in rows[0][2][0]["attacks"]]
     lines = [
         f"| method | epoch | seeds | {' | '.join(names)} | collapses | minutes |",
@@ -163,10 +164,10 @@ def preset() -> list[str]:
 
 
 def rebuilt(text: str) -> str:
-    """Return the README with its tables made anew."""
+    """Return a page with its tables made anew."""
     tables = {"short": short, "autoattack": autoattack, "control": control}
     tables |= {"rollback": rollback, "outcome": outcome, "preset": preset}
-    tables |= {name: partial(study, name) for name in ("long", "steep")}
+    tables |= {name: partial(study, name) for name in ("long", "long16", "steep")}
     tables["precision"] = partial(study, "precision", {"bf16": "bf16", "fp32": "fp32"})
     for name, make in tables.items():
         if f"<!-- table {name} -->" not in text:
@@ -179,5 +180,32 @@ def rebuilt(text: str) -> str:
     return text
 
 
+def collapse(path: Path) -> None:
+    """Draw held-out PGD-10 accuracy over the long runs at eps 16, one line a seed."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    columns = {"pgd10_acc": "raw weights", "ema_pgd10_acc": "averaged weights"}
+    both = figure.subplots(1, 2, sharey=True)
+    for axes, (column, title) in zip(both, columns.items(), strict=True):
+        for method, color in {"fgsm_rs": "tab:red", "n_fgsm": "tab:gray", "mix_kl": "k"}.items():
+            label = METHODS[method]
+            for folder in sorted(HERE.glob(f"long16-{method}-seed*")):
+                rows = [row for row in log_of(folder) if row[column]]
+                epochs = [int(row["epoch"]) for row in rows]
+                shares = [100 * float(row[column]) for row in rows]
+                axes.plot(epochs, shares, c=color, lw=1, label=label)
+                label = None
+        axes.set(title=title, xlabel="epoch", ylim=(0, None))
+        axes.grid(alpha=0.3)
+    both[0].set_ylabel("PGD-10 accuracy [%]")
+    both[1].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
 if __name__ == "__main__":
-    README.write_text(rebuilt(README.read_text()))
+    collapse(HERE / "collapse.png")
+    for page in PAGES:
+        page.write_text(rebuilt(page.read_text()))
