@@ -1,7 +1,4 @@
-"""Pictures of a finished network: sweeps, adversarial images, the loss around images, the method.
-
-matplotlib is imported only when one is drawn.
-"""
+"""Pictures of a finished network: sweeps, adversarial images, the loss nearby, the method."""
 
 from pathlib import Path
 
@@ -10,19 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import attacks
+import plots
 import utils
 
 SHOWN = 6  # images in a grid
 GRID = 21  # points along each direction of the loss surface
-
-
-def _figure(width: float, height: float):
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
 
 
 def _show(axes, image: Tensor, title: str, label: str = "") -> None:
@@ -45,7 +34,7 @@ def sweep(rows: dict[str, dict[float, dict[str, object]]], path: Path) -> None:
         rows: By attack and by epsilon (a pixel fraction), the row of the report.
         path: PNG file to write.
     """
-    figure = _figure(6.5, 4.2)
+    figure = plots.figure(6.5, 4.2)
     axes = figure.subplots()
     for name, by_epsilon in rows.items():
         sizes = [255 * epsilon for epsilon in by_epsilon]
@@ -77,7 +66,7 @@ def images(
     x_adv = attacks.pgd(model, x, y, epsilon=epsilon, alpha=2 / 255, steps=20)
     with attacks.measuring(model, x), torch.no_grad():
         before, after = (model(part).softmax(1).max(1) for part in (x, x_adv))
-    figure = _figure(1.55 * max(len(x), 1), 5.2)
+    figure = plots.figure(1.55 * max(len(x), 1), 5.2)
     axes = figure.subplots(3, max(len(x), 1), squeeze=False)
     for i in range(len(x)):
         first = i == 0
@@ -113,7 +102,7 @@ def surface(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, path: Path) 
             for j, a in enumerate(sizes.tolist()):
                 moved = (x + a * toward.sign() / 255 + b * across / 255).clamp(0, 1)
                 loss[i, j] = F.cross_entropy(model(moved), y)
-    figure = _figure(9.5, 4)
+    figure = plots.figure(9.5, 4)
     plane, line = figure.subplots(1, 2)
     drawn = plane.contourf(sizes, sizes, loss, levels=20, cmap="viridis")
     figure.colorbar(drawn, ax=plane, label="cross-entropy, mean of the images")
@@ -153,7 +142,7 @@ def method(
     """
     other = int((y != y[0]).nonzero()[0])
     pair, labels = x[[0, other]], y[[0, other]]
-    figure = _figure(11, 6.6)
+    figure = plots.figure(11, 6.6)
     axes = figure.subplots(3, 5, width_ratios=(1, 1, 1, 1, 1.9))
     cases = {"(a) Mixup": (lam, 1.0), "(b) T-scaled KL": (1.0, T), "(c) both": (lam, T)}
     for row, (name, (weight, temperature)) in zip(axes, cases.items(), strict=True):

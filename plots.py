@@ -1,7 +1,17 @@
-"""Pictures of a run. matplotlib is imported only when one is drawn."""
+"""Pictures of a run, and an empty one. matplotlib is imported only when one is drawn."""
 
 from pathlib import Path
 from typing import BinaryIO
+
+
+def figure(width: float, height: float):
+    """Return an empty matplotlib figure of so many inches; it needs no display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    empty = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(empty)
+    return empty
 
 
 def curves(rows: list[dict[str, float]], collapses: list[int], file: Path | BinaryIO) -> None:
@@ -12,12 +22,8 @@ def curves(rows: list[dict[str, float]], collapses: list[int], file: Path | Bina
         collapses: Epochs that collapsed, also such as are not among the rows.
         file: PNG file to write.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    accuracy, loss = figure.subplots(1, 2, width_ratios=(3, 2))
+    drawn = figure(11, 4)
+    accuracy, loss = drawn.subplots(1, 2, width_ratios=(3, 2))
     epochs = [row["epoch"] for row in rows]
     measured = [row for row in rows if row["pgd10_acc"] is not None]
     at = [row["epoch"] for row in measured]
@@ -51,4 +57,4 @@ def curves(rows: list[dict[str, float]], collapses: list[int], file: Path | Bina
     for axes in (accuracy, loss):
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
-    figure.savefig(file, dpi=110)
+    drawn.savefig(file, dpi=110)

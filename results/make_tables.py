@@ -15,6 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import plots
 from report import wilson
 
 HERE = Path(__file__).resolve().parent
@@ -182,11 +183,7 @@ def rebuilt(text: str) -> str:
 
 def collapse(path: Path) -> None:
     """Draw held-out PGD-10 accuracy over the long runs at eps 16, one line a seed."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = plots.figure(9, 3.2)
     columns = {"pgd10_acc": "raw weights", "ema_pgd10_acc": "averaged weights"}
     both = figure.subplots(1, 2, sharey=True)
     for axes, (column, title) in zip(both, columns.items(), strict=True):
