@@ -30,4 +30,4 @@ test: .venv/ready-dev
 	touch $@
 
 clean:
-	rm -rf .venv output .pytest_cache .ruff_cache
+	rm -rf .venv output/demo .pytest_cache .ruff_cache

@@ -126,7 +126,7 @@ def load_weights(
     if weights not in saved:
         raise ValueError(f"{path}: holds no {weights} weights; leave --weights out")
     state = saved[weights]
-    for prefix in PREFIXES:
+    for prefix in PREFIXES * 2:  # of wrappers in either order
         if all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
     state = {key: value for key, value in state.items() if not key.startswith(UNUSED)}
@@ -220,7 +220,7 @@ def architecture(
             f"use test_cifar{saved['num_classes']}.py"
         )
     if args.model and args.model.lower() != saved["model"].lower():
-        raise ValueError(f"--model {args.model}: the file holds a {saved['model']}; leave it out")
+        raise ValueError(f"{path}: holds a {saved['model']}; leave --model {args.model} out")
     keys = ("num_classes", "width", "mean", "std")
     return saved["model"], {key: saved[key] for key in keys}
 

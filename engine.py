@@ -272,10 +272,10 @@ def train(
     """
     build, parts = prepare(model, batches, args)
     progress = resume.restored(state, parts, args) if state else resume.Progress()
-    if state and folder:
-        record.restored(folder, args, progress.rows)
     average, step_of = parts.average, current(build, attack_of, args)
     watch = keeper.Keeper(folder, parts, progress, args, len(batches))
+    if folder:  # nothing was touched so far: the run could still be refused
+        record.restored(folder, args, progress.rows) if state else record.begun(folder, args)
     with watch.listening():
         while progress.epoch <= args.epochs and not rollback.stopped(progress, args):
             row = train_one_epoch(step_of(progress), batches, progress, args, watch.after_step)

@@ -1,10 +1,14 @@
 """A checkpoint as RobustBench wants it: one file of code, the weights, and the claim."""
 
 import json
+import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
+
+import files
 
 SOURCES = Path(__file__).parent / "models"
 LOADER = '''
@@ -56,7 +60,7 @@ def constructor(name: str, network: dict[str, object]) -> str:
 def write(
     folder: Path, model: nn.Module, name: str, network: dict[str, object], report: dict
 ) -> Path:
-    """Write ``model.py``, ``weights.pt`` and ``claim.json`` into a new folder, and return it.
+    """Write ``model.py``, ``weights.pt`` and ``claim.json`` into a new folder, all or none.
 
     Args:
         folder: Must not exist.
@@ -66,8 +70,10 @@ def write(
 
     Raises:
         FileExistsError: There is such a folder.
+        OSError: It cannot be written.
     """
-    folder.mkdir(parents=True)
+    if folder.exists():
+        raise FileExistsError(f"--export {folder}: exists; name a new folder, or remove it")
     accuracy = {row["attack"]: round(100 * row["accuracy"], 2) for row in report["attacks"]}
     claim = {
         "dataset": report["dataset"], "threat_model": "Linf",
@@ -76,8 +82,13 @@ def write(
         "clean_acc": accuracy.get("clean"), "autoattack_acc": accuracy.get("autoattack"),
         "reported": accuracy, "checkpoint_sha256": report["sha256"],
     }  # fmt: skip
-    (folder / "model.py").write_text(source(constructor(name, network)))
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    torch.save(state, folder / "weights.pt")
-    (folder / "claim.json").write_text(json.dumps(claim, indent=2) + "\n")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as place:
+        made = Path(place) / "export"
+        made.mkdir()
+        files.write_text(made / "model.py", source(constructor(name, network)))
+        files.write(made / "weights.pt", partial(torch.save, state))
+        files.write_text(made / "claim.json", json.dumps(claim, indent=2) + "\n")
+        made.rename(folder)
     return folder

@@ -133,14 +133,14 @@ def method(
 
     Args:
         model: Maps images in [0, 1] to logits.
-        x: (N, 3, H, W) images; the first two of different classes are used.
+        x: (N, 3, H, W) images; the first two of different classes are used, where there are such.
         y: (N,) labels, and ``classes``: what they mean.
         epsilon: Radius of the ball, a pixel fraction.
         path: PNG file to write.
         lam: Weight of the first image in the mixture.
         T: Temperature of (b) and (c).
     """
-    other = int((y != y[0]).nonzero()[0])
+    other = int((y != y[0]).int().argmax())
     pair, labels = x[[0, other]], y[[0, other]]
     figure = plots.figure(11, 6.6)
     axes = figure.subplots(3, 5, width_ratios=(1, 1, 1, 1, 1.9))

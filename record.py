@@ -25,7 +25,7 @@ MEASURED = {"clean": "clean", "fgsm": "FGSM", "pgd10": "PGD-10"}  # accuracies, 
 
 
 def start_run(args: Namespace, default: str, state: Path | None) -> Path:
-    """Return the folder of a run; a new one is created, with its ``args.json``.
+    """Return the folder of a run; a new one is created.
 
     Args:
         args: All flags of the run.
@@ -39,13 +39,9 @@ def start_run(args: Namespace, default: str, state: Path | None) -> Path:
     files.probe(state.parent if state else args.out_dir)
     folder = args.run_name and args.out_dir / args.run_name
     unborn = args.resume and folder and not (folder / "final_model.pth").exists()
-    folder = (
-        state.parent if state else
-        run_folder(args.out_dir, args.run_name, default, args.overwrite or bool(unborn))
-    )  # fmt: skip
-    if not state:
-        write_args(folder, args)
-    return folder
+    if state:
+        return state.parent
+    return run_folder(args.out_dir, args.run_name, default, args.overwrite or bool(unborn))
 
 
 def write_args(folder: Path, args: Namespace) -> None:
@@ -64,8 +60,10 @@ def run_folder(out_dir: Path, name: str | None, default: str, overwrite: bool) -
         overwrite: Whether a run of the given name may be replaced.
 
     Raises:
-        ValueError: The name that the user gave is taken.
+        ValueError: The name that the user gave is taken, or a path.
     """
+    if name and Path(name).name != name:
+        raise ValueError(f"--run-name {name}: a name, not a path; --out-dir says where it goes")
     out_dir.mkdir(parents=True, exist_ok=True)
     for number in range(1, 1_000_000):
         stem = name or (default if number == 1 else f"{default}-{number}")
@@ -77,8 +75,6 @@ def run_folder(out_dir: Path, name: str | None, default: str, overwrite: bool) -
                     f"{out_dir / name}: exists; choose another --run-name, or add --overwrite"
                 ) from None
             continue
-        for file in WRITTEN:  # by the run that is replaced
-            (out_dir / stem / file).unlink(missing_ok=True)
         return out_dir / stem
     raise ValueError(f"{out_dir}: too many runs")
 
@@ -168,6 +164,13 @@ def write_log(path: Path, rows: list[dict[str, float]]) -> None:
     writer.writeheader()
     writer.writerows(rows)
     files.write_text(path, text.getvalue())
+
+
+def begun(folder: Path, args: Namespace) -> None:
+    """Write ``args.json`` of a new run, where nothing stays of a run that it replaces."""
+    for file in WRITTEN:
+        (folder / file).unlink(missing_ok=True)
+    write_args(folder, args)
 
 
 def restored(folder: Path, args: Namespace, rows: list[dict[str, float]]) -> None:

@@ -65,7 +65,7 @@ def open_network(
     facts = {"checkpoint": str(path), "sha256": checkpoint.sha256(path), "weights": weights}
     facts |= {"model": name, "trained_on": saved.get("dataset", "unknown images")}
     prefix = "ema_" if weights == "ema" else ""
-    facts["recorded_clean"] = saved.get("metrics", {}).get(f"{prefix}clean_acc")
+    facts["recorded_clean"] = (saved.get("metrics") or {}).get(f"{prefix}clean_acc")
     return model.eval(), network, facts
 
 
@@ -162,7 +162,9 @@ def extras(
     classes: tuple[str, ...],
     args: argparse.Namespace,
 ) -> None:
-    """Draw the pictures and export the network, where the flags ask for it."""
+    """Export the network and draw the pictures, where the flags ask for it."""
+    if args.export:
+        print(f"export: {export.write(args.export, model, measured['model'], network, measured)}")
     if args.pictures:
         stem, epsilon = stem_of(args.model_path), measured["epsilon"]
         drawn = {
@@ -175,5 +177,3 @@ def extras(
             with torch.random.fork_rng(devices=[]):
                 draw(path)
             print(f"{name}: {path}")
-    if args.export:
-        print(f"export: {export.write(args.export, model, measured['model'], network, measured)}")

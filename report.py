@@ -4,6 +4,9 @@ import json
 import math
 import platform
 import re
+import statistics
+import zipfile
+import zlib
 from functools import partial
 from pathlib import Path
 
@@ -97,10 +100,10 @@ def table(report: dict[str, object]) -> str:
             f"{row['start']:>9}{_counted(row)}{row['passes']:>12,}{row['seconds']:>9.1f}"
         )
     lines.append(f"{'worst case, image by image':<58}{_counted(report['worst_case'])}")
-    by_class = sorted(share for share in report["worst_case"]["per_class"] if share is not None)
+    by_class = [share for share in report["worst_case"]["per_class"] if share is not None]
     lines.append(
-        f"worst case of the classes: lowest {by_class[0]:.2%}, median "
-        f"{by_class[len(by_class) // 2]:.2%}, highest {by_class[-1]:.2%}"
+        f"worst case of the classes: lowest {min(by_class):.2%}, median "
+        f"{statistics.median(by_class):.2%}, highest {max(by_class):.2%}"
     )
     return "\n".join(lines + [f"warning: {text}" for text in report.get("warnings", [])])
 
@@ -151,9 +154,23 @@ def read(path: Path) -> dict[str, object]:
         found = json.loads(path.read_text())
         for row in (found["worst_case"], *found["attacks"]):
             row["correct"], row["n"], row["accuracy"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"--compare {path}: not a report of this project") from error
     return found
+
+
+def read_verdicts(path: Path) -> dict[str, np.ndarray]:
+    """Return the verdicts beside a report.
+
+    Raises:
+        ValueError: Their file is damaged.
+    """
+    file = verdict_file(path)
+    try:
+        with np.load(file) as found:
+            return dict(found)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"--compare {path}: {file} is damaged; measure again") from error
 
 
 def compared(paths: list[Path]) -> str:
@@ -168,8 +185,9 @@ def compared(paths: list[Path]) -> str:
         for found in reports
     ]
     names = [name for name in columns[0] if all(name in column for column in columns)]
-    lines = [f"[{i}] {path}  ({found['n']:,} images)" for i, (path, found) in
-             enumerate(zip(paths, reports, strict=True), 1)]  # fmt: skip
+    about = [what(found) for found in reports]
+    lines = [f"[{i}] {path}  ({text})" for i, (path, text) in
+             enumerate(zip(paths, about, strict=True), 1)]  # fmt: skip
     head = "".join(f"{f'[{i}]':>10}" for i in range(1, len(paths) + 1))
     lines.append(f"{'attack':<16}{head}{'mean':>10}{'std':>8}")
     for name in names:
@@ -178,15 +196,25 @@ def compared(paths: list[Path]) -> str:
         deviation = np.std(shares, ddof=1) if len(shares) > 1 else 0.0
         lines.append(f"{name:<16}{cells}{np.mean(shares):>10.2%}{100 * deviation:>8.2f}")
     for second in range(1, len(paths)):
-        lines += _paired(paths, 0, second, names)
+        if about[0] == about[second]:
+            lines += _paired(paths, 0, second, names)
+        else:
+            lines.append(f"[1] and [{second + 1}]: not measured alike, no test")
     return "\n".join(lines)
+
+
+def what(report: dict[str, object]) -> str:
+    """Return on which images, at which epsilon and how a report was measured, for its line."""
+    cascade = ", cascade" if report.get("cascade") else ""
+    dataset, epsilon = report.get("dataset", "unknown"), 255 * report.get("epsilon", float("nan"))
+    return f"{report['n']:,} images of {dataset}, eps {epsilon:g}/255{cascade}"
 
 
 def _paired(paths: list[Path], first: int, second: int, names: list[str]) -> list[str]:
     files = [verdict_file(paths[index]) for index in (first, second)]
     if not all(file.exists() for file in files):
         return [f"[{first + 1}] and [{second + 1}]: no verdicts beside both reports, no test"]
-    one, two = (np.load(file) for file in files)
+    one, two = (read_verdicts(paths[index]) for index in (first, second))
     if not np.array_equal(one["labels"], two["labels"]):
         return [f"[{first + 1}] and [{second + 1}]: not the same images, no test"]
     lines = []

@@ -74,7 +74,7 @@ def test_faults_of_content_have_their_line(saved):
     args = Namespace(model=None, width=None, model_path=saved)
     with pytest.raises(ValueError, match=r"cifar10 \(10 classes\); use test_cifar10\.py"):
         checkpoint.architecture(content, saved, args, 100, STATISTICS)
-    with pytest.raises(ValueError, match="--model VGG: the file holds a ResNet18"):
+    with pytest.raises(ValueError, match="holds a ResNet18; leave --model VGG out"):
         checkpoint.architecture(content, saved, Namespace(model="VGG"), 10, STATISTICS)
     with pytest.raises(ValueError, match="holds no ema weights"):
         checkpoint.load_weights(SmallNet(), content, "ema", saved)
@@ -305,13 +305,17 @@ def test_runs_never_share_a_folder(tmp_path):
     folders = [record.run_folder(tmp_path / "out", None, "run", False).name for _ in range(3)]
     assert folders == ["run", "run-2", "run-3"]
     record.run_folder(tmp_path / "out", "mine", "run", False)
-    for name in ("log.csv", "best_model.pth"):
+    for name in record.WRITTEN:
         (tmp_path / "out" / "mine" / name).write_text("old")
     with pytest.raises(ValueError, match="choose another --run-name, or add --overwrite"):
         record.run_folder(tmp_path / "out", "mine", "run", False)
     assert (tmp_path / "out" / "mine" / "log.csv").read_text() == "old"
-    record.run_folder(tmp_path / "out", "mine", "run", True)
-    assert not list((tmp_path / "out" / "mine").iterdir())  # no model of the run before either
+    mine = record.run_folder(tmp_path / "out", "mine", "run", True)
+    assert len(list(mine.iterdir())) == len(record.WRITTEN)  # it could still be refused
+    record.begun(mine, Namespace(epochs=3))
+    assert [path.name for path in mine.iterdir()] == ["args.json"]  # no model of the old run
+    with pytest.raises(ValueError, match="--run-name a/b: a name, not a path"):
+        record.run_folder(tmp_path / "out", "a/b", "run", False)
 
 
 def test_the_revision_is_that_of_git(monkeypatch):

@@ -56,6 +56,25 @@ def test_official_files_say_nothing_and_others_one_line_with_the_counts(
     assert capsys.readouterr().out == ""
 
 
+def test_images_are_normalised_by_the_moments_of_the_data():
+    """As measured on all training images; test_real measures them again."""
+    assert data.ARCHIVES["cifar10"].mean == (0.4914, 0.4822, 0.4465)
+    assert data.ARCHIVES["cifar10"].std == (0.2470, 0.2435, 0.2616)
+    assert data.ARCHIVES["cifar100"].mean == (0.5071, 0.4865, 0.4409)
+    assert data.ARCHIVES["cifar100"].std == (0.2673, 0.2564, 0.2762)
+
+
+@pytest.mark.parametrize("name, folder, file, key, count", [
+    ("cifar10", "cifar-10-batches-py", "batches.meta", "label_names", 10),
+    ("cifar100", "cifar-100-python", "meta", "fine_label_names", 100),
+])  # fmt: skip
+def test_classes_have_their_names(tmp_path, name, folder, file, key, count):
+    write_archive(tmp_path, count)
+    names = [f"name {number}" for number in range(count)]
+    (tmp_path / folder / file).write_bytes(pickle.dumps({key: names}, protocol=2))
+    assert data.load(name, count, tmp_path, False).classes == tuple(names)
+
+
 def test_the_md5_sums_are_those_of_torchvision():
     datasets = pytest.importorskip("torchvision.datasets")
     for archive in data.ARCHIVES.values():

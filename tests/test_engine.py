@@ -372,6 +372,9 @@ def test_a_run_leaves_log_curves_and_checkpoints(tiny_run):
     assert (final["epoch"], final["selected"]) == (3, "ema")
     assert all(torch.equal(v, final["raw"][k]) for k, v in model.state_dict().items())
     assert not torch.equal(final["raw"]["conv1.weight"], final["ema"]["conv1.weight"])
+    folder, _, _ = tiny_run("averaged", pgd=[0.4, 0.2, 0.3, 0.5, 0.4, 0.3])
+    best = checkpoint.load(folder / "best_model.pth")
+    assert (best["epoch"], best["selected"]) == (2, "ema")  # where the raw ones are at their worst
 
 
 def test_epochs_that_are_not_due_are_trained_alike_and_leave_their_accuracies_empty(

@@ -273,7 +273,7 @@ def test_a_class_without_images_has_no_accuracy():
     found = report.shares(torch.tensor([True, False, True]), torch.tensor([0, 0, 2]))
     assert found["per_class"] == [0.5, None, 1.0]
     line = report.table({"attacks": [], "worst_case": found}).splitlines()[-1]
-    assert "lowest 50.00%" in line and "highest 100.00%" in line
+    assert "lowest 50.00%" in line and "median 75.00%" in line and "highest 100.00%" in line
 
 
 @pytest.mark.parametrize("correct, n, low, high", [
@@ -305,6 +305,18 @@ def test_reports_side_by_side(fitted, tmp_path, script):
     (line,) = (line for line in out.splitlines() if line.startswith("pgd-2"))
     assert f"{np.mean(shares):.2%}" in line and f"{100 * np.std(shares, ddof=1):.2f}" in line
     assert out.count("McNemar p = ") == 6 and "[1] against [3], clean: 0 images" in out
+    verdicts = report.verdict_file(paths[1])
+    whole = verdicts.read_bytes()
+    for content in (b"", whole[: len(whole) // 2]):
+        verdicts.write_bytes(content)
+        status, _, err = script("test_cifar10", "--compare", *paths)
+        assert (status, len(err.splitlines())) == (2, 1) and "is damaged; measure again" in err
+    verdicts.write_bytes(whole)
+    other = json.loads(paths[1].read_text()) | {"epsilon": 4 / 255}
+    paths[1].write_text(json.dumps(other))
+    status, out, _ = script("test_cifar10", "--compare", *paths)
+    assert status == 0 and "eps 4/255)" in out
+    assert "[1] and [2]: not measured alike, no test" in out and out.count("McNemar p = ") == 3
     paths[0].write_text("{}")
     status, _, err = script("test_cifar10", "--compare", *paths)
     assert (status, len(err.splitlines())) == (2, 1) and "r.json: not a report" in err

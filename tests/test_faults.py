@@ -263,7 +263,7 @@ def namespace(place):
 @row("F7 wrong architecture")
 def architecture(place):
     words = place.plant(lambda raw: raw)
-    line = r"--model ResNet18: the file holds a PreActResNet18; leave it out$"
+    line = r"holds a PreActResNet18; leave --model ResNet18 out$"
     refused(place, lambda: place.measure(*words, "--model", "ResNet18"), line)
 
 

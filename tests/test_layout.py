@@ -45,7 +45,7 @@ MAY_IMPORT = {
     "data": {"cifar", "synthetic"},
     "checkpoint": {"files", "reading"},
     "reading": set(),
-    "export": set(),
+    "export": {"files"},
     "files": set(),
     "graph": set(),
     "keeper": {"files", "parallel", "resume"},

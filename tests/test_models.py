@@ -5,9 +5,10 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, flops
 from torch.nn import functional as F
 
+import checkpoint
 from models import MODELS, build_model, canonical_name
 
 PARAMETERS = {
@@ -22,11 +23,44 @@ PARAMETERS = {
 }
 
 
+# Of results/cifar10-mix_kl/model.pth on an image made by arithmetic, at commit 04593eb.
+LOGITS = [1.573, 1.435, 0.804, -1.222, -1.917, -2.124, 0.263, -2.022, 4.573, -1.359]
+
+
 @pytest.mark.parametrize("name, num_classes", PARAMETERS)
 def test_number_of_parameters_is_the_published_one(name, num_classes):
     with torch.device("meta"):
         model = MODELS[name](num_classes=num_classes)
     assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name, num_classes]
+
+
+@pytest.mark.parametrize("name, billions", [
+    ("PreActResNet18", 0.5554), ("ResNet18", 0.5554), ("WideResNet28-10", 5.2433),
+    ("WideResNet34-10", 6.6589),
+])  # fmt: skip
+def test_a_forward_pass_costs_the_published_number_of_products(name, billions):
+    model, x = MODELS[name](num_classes=10).eval(), torch.rand(1, 3, 32, 32)
+    with torch.no_grad():
+        assert flops(lambda: model(x)) == pytest.approx(2e9 * billions, rel=1e-3)
+
+
+def test_a_wide_network_begins_with_the_published_deviations():
+    torch.manual_seed(0)
+    for weight in MODELS["WideResNet16-4"](num_classes=10).block3.parameters():
+        if weight.dim() == 4 and weight.shape[2] == 3:  # He et al., arXiv:1502.01852, fan-out
+            fan_out = 9 * weight.shape[0]
+            assert weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.02)
+
+
+def test_trained_weights_mean_what_they_meant():
+    """The logits of a committed network, which has its accuracy on real images (test_real)."""
+    path = ROOT / "results" / "cifar10-mix_kl" / "model.pth"
+    saved = checkpoint.load(path)
+    words = {key: saved[key] for key in ("num_classes", "width", "mean", "std")}
+    model = build_model(saved["model"], **words)
+    checkpoint.load_weights(model, saved, None, path)
+    x = (37 * torch.arange(3 * 32 * 32) % 251).view(1, 3, 32, 32) / 250
+    assert model.eval()(x)[0].tolist() == pytest.approx(LOGITS, abs=2e-3)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -129,6 +129,9 @@ def test_a_preset_comes_before_the_script_and_after_baseline_and_explicit_flags(
     assert fast.image_sizes[-1] == 32 and fast.epochs < 15 and fast.method == "mix_kl"
     assert fast.image_sizes[0] < 32 and parse("").image_sizes == [32]
     assert parse("--preset fast --epochs 5").epochs == 5
+    method = dict(mixup_alpha=0, kl_weight=0, delta_init="noise", image_sizes=[16, 16, 24, 32])
+    run = dict(epochs=13, lr=0.2, lr_schedule="cyclic", lr_peak=0.2, nesterov=True, ema_decay=0.99)
+    assert vars(fast) | method | run | dict(crop_padding=1) == vars(parse("--preset fast"))
     trades = parse("--preset fast --baseline trades")
     assert (trades.kl_weight, trades.epochs) == (6, fast.epochs)
 
@@ -182,3 +185,13 @@ def test_the_scripts_tables_are_made_of_flags(name):
     module = importlib.import_module(name)
     args = options.parse_training([], "doc", module.DEFAULTS)
     assert all(getattr(args, key) == value for key, value in module.DEFAULTS.items())
+    lr, schedule = (0.1, "multistep") if name.endswith("10") else (0.2, "cyclic")
+    assert (args.lr, args.lr_schedule, args.lr_peak) == (lr, schedule, 0.01)
+    assert (args.mixup_alpha, args.temperature, args.kl_weight) == (0.2, (2, 2), 1)
+    assert (args.delta_init, args.kl_reference, args.epsilon, args.alpha) == (
+        "noise",
+        "start",
+        8,
+        8,
+    )
+    assert (args.epochs, args.batch_size, args.ema_decay) == (110, 128, 0.999)

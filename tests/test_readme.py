@@ -9,6 +9,7 @@ import pytest
 from conftest import ROOT
 
 import evaluation
+import MIX_KL_CIFAR10
 import options
 from models import canonical_name
 
@@ -54,6 +55,21 @@ def test_every_flag_is_listed_and_none_that_does_not_exist():
         existing |= {text for action in parser._actions for text in action.option_strings}
     existing = {text for text in existing if text.startswith("--")} - {"--help"}
     assert {options.dashed([flag])[0] for flag in listed} == existing
+
+
+def test_the_defaults_in_the_flag_tables_are_those_of_the_parser():
+    tables = README.split("## Flags")[1].split("\n## ")[0]
+    training, measuring = tables.split("Of the measuring scripts")
+    parsed = options.parse_training([], "doc", MIX_KL_CIFAR10.DEFAULTS)
+    measured = options.parse_measuring(["--model-path", "x"], "doc")
+    count = 0
+    for text, args in ((training, parsed), (measuring, measured)):
+        for flag, value in re.findall(r"^\| `--([\w-]+)`.*\(default ([\w./-]+)", text, re.M):
+            found = getattr(args, flag.replace("-", "_"))
+            found = 64 if found is None and flag == "width" else found  # None: each network's own
+            assert value in (str(found), f"{found:g}" if isinstance(found, float) else ""), flag
+            count += 1
+    assert count > 25
 
 
 def test_the_tree_lists_every_file_of_the_root():

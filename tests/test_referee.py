@@ -3,10 +3,12 @@
 import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ import auto_attack
 import checkpoint
 import data
 import export
+import referee
 from models import build_model
 
 STATISTICS = dict(mean=data.ARCHIVES["cifar10"].mean, std=data.ARCHIVES["cifar10"].std)
@@ -140,6 +143,40 @@ def test_a_bare_state_dict_is_normalised_as_the_flag_says(case, script):
     own = verdicts[f"{case.name}-model-report-verdicts.npz"]
     assert np.array_equal(verdicts[f"{stem}-verdicts.npz"], own)
     assert len(verdicts) == 3
+    x, mean, std = torch.rand(4, 3, 32, 32), *(torch.tensor(v) for v in STATISTICS.values())
+    same = {"dataset": x, "none": x * std[:, None, None] + mean[:, None, None]}
+    for normalize, images in same.items():
+        args = Namespace(model="PreActResNet18", width=8, normalize=normalize, weights=None)
+        opened, _, _ = referee.open_network(
+            case / "bare.pth", build_model, args, classes=10, **STATISTICS
+        )
+        assert torch.allclose(opened(x), network.eval()(images), atol=1e-4)
+
+
+def test_one_image_has_pictures_and_the_export_is_whole_or_not_there(case, script, monkeypatch):
+    words = ["--attacks", "clean", "--n-examples", "1", "--pictures", "--export"]
+    out = measure(script, case, *words, case / "new")
+    assert out.count(".png") == 3 and f"export: {case / 'new'}" in out
+    names = {"model.py", "weights.pt", "claim.json"}
+    assert {path.name for path in (case / "new").iterdir()} == names
+
+    def full(*_, **__):
+        raise RuntimeError("enforce fail: file write failed")
+
+    monkeypatch.setattr(torch, "save", full)
+    before = set(case.iterdir())
+    status, _, err = script(
+        "test_cifar10", "--model_path", case / "model.pth", "--data-dir", case, "--out_dir",
+        case / "out", *words, case / "full",
+    )  # fmt: skip
+    assert (status, len(err.splitlines())) == (2, 1) and "cannot be written" in err
+    assert set(case.iterdir()) == before
+
+
+def test_sizes_are_measured_once_each_and_in_their_order(case, script):
+    out = measure(script, case, "--attacks", "clean", "fgsm", "--eps", "8", "0", "4", "8/255")
+    assert re.findall(r"^eps (\d+)/255$", out, re.M) == ["0", "4", "8"]
+    assert re.search(r"^attack +eps 0 +eps 4 +eps 8$", out, re.M)
 
 
 @pytest.mark.parametrize("name", ["PreActResNet18", "ResNet18", "WideResNet16-4"])

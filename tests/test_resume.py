@@ -12,7 +12,7 @@ from argparse import Namespace
 
 import pytest
 import torch
-from conftest import ROOT, write_archive
+from conftest import ROOT, SmallNet, write_archive
 
 import checkpoint
 import files
@@ -203,6 +203,51 @@ def test_a_loss_that_is_not_finite_exits_with_3_and_leaves_the_last_good_state(s
     assert (status, len(err.splitlines())) == (3, 1) and "the loss is" in err
     assert "holds the last good state" in err
     assert {path.name: path.read_bytes() for path in folder.glob("*.pth*")} == kept
+
+
+@pytest.fixture
+def watched(tmp_path):
+    """A keeper of a run of 25 steps an epoch, and what it looks at."""
+    torch.manual_seed(0)
+    model = SmallNet()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    for parameter in model.parameters():
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    parts = resume.Parts(model, None, optimizer, torch.amp.GradScaler("cpu", enabled=False))
+    progress = resume.Progress(sums=torch.zeros(3))
+    args = Namespace(save_every=15, on_collapse="warn")
+    return keeper.Keeper(tmp_path, parts, progress, args, 25), progress
+
+
+def test_within_an_epoch_the_state_is_saved_every_so_many_minutes(watched, monkeypatch):
+    watch, progress = watched
+    now, saved = [watch.saved], []
+    monkeypatch.setattr(keeper.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(keeper.files, "write", lambda *_, **__: saved.append(progress.step))
+    for step in range(1, 25):
+        progress.step, now[0] = step, now[0] + 4 * 60 + 1  # 4 minutes and a second a step
+        watch.after_step()
+    assert saved == [4, 8, 12, 16, 20, 24]
+
+
+def test_a_loss_that_is_not_finite_is_seen_within_ten_steps(watched):
+    watch, progress = watched
+    for step in range(1, 10):
+        progress.step = step
+        if step == 3:
+            progress.sums = progress.sums + float("nan")
+        watch.after_step()
+    progress.step = 10
+    with pytest.raises(keeper.DivergedError, match="after step 10"):
+        watch.after_step()
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    done, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda *a: done.append("fsync") or fsync(*a))
+    monkeypatch.setattr(os, "replace", lambda *a: done.append("replace") or replace(*a))
+    files.write_text(tmp_path / "file", "new")
+    assert done == ["fsync", "replace", "fsync"]  # content, name, folder
 
 
 def test_a_full_disk_leaves_the_old_file_and_one_line(tmp_path):

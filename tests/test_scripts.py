@@ -8,9 +8,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT, write_archive
 
 import checkpoint
+import data
+import evaluation
 
 TINY = ["--width", "8", "--epochs", "2", "--batch-size", "50", "--held-out", "50"]
 
@@ -69,6 +72,29 @@ def test_the_same_seed_gives_the_same_log_and_weights(tmp_path, script):
     assert all(bool((weights[0][key] == weights[1][key]).all()) for key in weights[0])
 
 
+@pytest.mark.parametrize("classes", [10, 100])
+def test_what_training_measures_are_held_out_training_images(
+    tmp_path, script, monkeypatch, classes
+):
+    """Selection on test images is what no number of a table survives."""
+    seen = []
+
+    def noted(model, x, y, *, names, settings):
+        seen.append((x, y, names, settings.epsilon))
+        return dict.fromkeys(names, 0.5)
+
+    monkeypatch.setattr(evaluation, "accuracies", noted)
+    name, data_dir = f"cifar{classes}", write_archive(tmp_path, classes)
+    words = ["--data-dir", data_dir, "--out_dir", tmp_path / "out", *TINY, "--epsilon", "4"]
+    assert script(f"MIX_KL_{name.upper()}", *words, "--held-out", "30")[0] == 0
+    _, held_out = data.split_held_out(data.load(name, classes, data_dir, False).train, 30)
+    for x, y, names, epsilon in seen:
+        assert torch.equal(x, held_out.as_float()) and torch.equal(y, held_out.labels)
+        assert names == {"clean": "clean", "fgsm": "fgsm", "pgd10": "pgd-10"}
+        assert epsilon == 4 / 255
+    assert len(seen) == 4  # raw and averaged weights in two epochs
+
+
 def test_a_run_keeps_its_flags_and_a_named_one_is_not_overwritten(tmp_path, script):
     data_dir = write_archive(tmp_path, 10)
     words = ["--data-dir", data_dir, "--out_dir", tmp_path / "out", *TINY, "--run-name", "mine"]
@@ -80,6 +106,9 @@ def test_a_run_keeps_its_flags_and_a_named_one_is_not_overwritten(tmp_path, scri
     status, _, err = script("MIX_KL_CIFAR10", *words)
     assert (status, len(err.splitlines())) == (2, 1) and "--overwrite" in err
     assert (tmp_path / "out" / "mine" / "log.csv").read_bytes() == before
+    files = {path: path.read_bytes() for path in (tmp_path / "out" / "mine").iterdir()}
+    assert script("MIX_KL_CIFAR10", *words, "--overwrite", "--compile", "on")[0] == 2
+    assert {path: path.read_bytes() for path in files} == files  # refused, so nothing is replaced
     assert script("MIX_KL_CIFAR10", *words, "--overwrite")[0] == 0
     assert len(read_log(tmp_path / "out" / "mine")) == 2
 
