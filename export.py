@@ -57,6 +57,12 @@ def constructor(name: str, network: dict[str, object]) -> str:
     return f"{function}({', '.join(f'{key}={value!r}' for key, value in words.items())})"
 
 
+def refuse(folder: Path) -> None:
+    """Raise a FileExistsError where there is such a folder."""
+    if folder.exists():
+        raise FileExistsError(f"--export {folder}: exists; name a new folder, or remove it")
+
+
 def write(
     folder: Path, model: nn.Module, name: str, network: dict[str, object], report: dict
 ) -> Path:
@@ -72,8 +78,7 @@ def write(
         FileExistsError: There is such a folder.
         OSError: It cannot be written.
     """
-    if folder.exists():
-        raise FileExistsError(f"--export {folder}: exists; name a new folder, or remove it")
+    refuse(folder)
     accuracy = {row["attack"]: round(100 * row["accuracy"], 2) for row in report["attacks"]}
     claim = {
         "dataset": report["dataset"], "threat_model": "Linf",

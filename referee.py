@@ -24,16 +24,16 @@ def refuse(args: argparse.Namespace) -> None:
     """Refuse what would otherwise be found out after hours of attacks.
 
     Raises:
-        ValueError: AutoAttack is not installed, there is no other network for ``transfer``, or the
-            folder of ``--export`` exists.
+        ValueError: AutoAttack is not installed, or there is no other network for ``transfer``.
+        FileExistsError: The folder of ``--export`` exists.
     """
     families = {evaluation.parse_attack(name).family for name in args.attacks}
     if families & auto_attack.VERSIONS.keys():
         auto_attack.library()
     if "transfer" in families and args.transfer_from is None:
         raise ValueError("--attacks transfer: name the other checkpoint with --transfer-from")
-    if args.export and args.export.exists():
-        raise ValueError(f"--export {args.export}: exists; name a new folder, or remove it")
+    if args.export:
+        export.refuse(args.export)
 
 
 def open_network(
@@ -100,9 +100,9 @@ def measure(
         )  # fmt: skip
         rows, verdicts, journals = evaluation.evaluate(model, x, y, args.attacks, settings)
         here = {"epsilon": epsilon, "cascade": args.cascade, "machine": report.machine(x.device)}
-        measured = report.build(facts | here, rows, verdicts, y)
         with parallel.rank_0_first():
             if not parallel.rank():
+                measured = report.build(facts | here, rows, verdicts, y)
                 measured["warnings"] = warnings(model, x, y, measured, args.cascade)
                 print(f"eps {255 * epsilon:g}/255\n{report.table(measured)}")
                 suffix = f"-eps{255 * epsilon:g}" if len(sizes) > 1 else ""
