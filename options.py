@@ -226,7 +226,7 @@ def parse_training(argv: list[str], doc: str, defaults: dict[str, object]) -> ar
     if args.kl_weight is None:  # GradAlign's weight grows alike: tenfold from 8/255 to 16/255
         args.kl_weight = (args.epsilon / 8) ** 3
     args.attack_temperature = args.attack_temperature or args.temperature
-    args.method = args.baseline or "mix_kl"
+    args.method = args.baseline or args.preset or "mix_kl"
     if args.kl_weight > 0 and args.kl_reference == "ema" and args.ema_decay == 0:
         raise ValueError("--kl-reference ema: needs an --ema-decay above 0")
     if args.image_sizes[-1] != 32:

@@ -126,14 +126,16 @@ def test_the_weight_of_the_kl_term_grows_with_epsilon_where_no_flag_sets_it():
 
 def test_a_preset_comes_before_the_script_and_after_baseline_and_explicit_flags():
     fast = parse("--preset fast", {"epochs": 110, "kl_weight": 9.0})
-    assert fast.image_sizes[-1] == 32 and fast.epochs < 15 and fast.method == "mix_kl"
+    assert fast.image_sizes[-1] == 32 and fast.epochs < 15
     assert fast.image_sizes[0] < 32 and parse("").image_sizes == [32]
     assert parse("--preset fast --epochs 5").epochs == 5
     method = dict(mixup_alpha=0, kl_weight=0, delta_init="noise", image_sizes=[16, 16, 24, 32])
     run = dict(epochs=13, lr=0.2, lr_schedule="cyclic", lr_peak=0.2, nesterov=True, ema_decay=0.99)
     assert vars(fast) | method | run | dict(crop_padding=1) == vars(parse("--preset fast"))
+    assert (fast.method, parse("").method) == ("fast", "mix_kl")  # it names the run's folder
     trades = parse("--preset fast --baseline trades")
     assert (trades.kl_weight, trades.epochs) == (6, fast.epochs)
+    assert trades.method == "trades"
 
 
 def test_the_table_of_a_script_sets_defaults_and_knows_no_other_name():
