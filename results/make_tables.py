@@ -168,7 +168,7 @@ def rebuilt(text: str) -> str:
     """Return a page with its tables made anew."""
     tables = {"short": short, "autoattack": autoattack, "control": control}
     tables |= {"rollback": rollback, "outcome": outcome, "preset": preset}
-    tables |= {name: partial(study, name) for name in ("long", "long16", "steep")}
+    tables |= {name: partial(study, name) for name in ("long", "long16", "steep", "steep15")}
     tables["precision"] = partial(study, "precision", {"bf16": "bf16", "fp32": "fp32"})
     for name, make in tables.items():
         if f"<!-- table {name} -->" not in text:

@@ -45,6 +45,7 @@ STEEP = (
     "--width 16 --train-images 25000 --epochs 6 --lr-schedule cyclic --lr 0.2 --lr-peak 0.1 "
     "--epsilon 16"
 )
+STEEP15 = f"{STEEP} --epochs 15 --on-collapse stop"  # a dead network is not trained further
 LONG16 = f"{LONG} --measure-every 5 --epsilon 16"
 AUTOATTACK = "--attacks clean pgd-50-10 cw-50 autoattack"
 PGD_CW = "--attacks clean pgd-50 cw-50"
@@ -67,6 +68,11 @@ def cpu() -> list[Cell]:
         Cell(f"steep-{method}-seed{seed}", f"{STEEP} {METHODS[method]} --seed {seed}",
              f"{PGD_CW} --epsilon 16 --n-examples 1000")
         for seed in range(5) for method in ("mix_kl", "fgsm_rs", "n_fgsm", "kl1", "fgsm_rs16")
+    ]  # fmt: skip
+    cells += [
+        Cell(f"steep15-{method}-seed{seed}", f"{STEEP15} {METHODS[method]} --seed {seed}",
+             f"{PGD_CW} --epsilon 16 --n-examples 1000")
+        for seed in range(5) for method in ("mix_kl", "fgsm_rs")
     ]  # fmt: skip
     cells += [
         Cell(f"long16-{method}-seed{seed}", f"{LONG16} {METHODS[method]} --seed {seed}",
