@@ -221,6 +221,8 @@ def architecture(
         )
     if args.model and args.model.lower() != saved["model"].lower():
         raise ValueError(f"{path}: holds a {saved['model']}; leave --model {args.model} out")
+    if args.width not in (None, saved["width"] or 64):
+        raise ValueError(f"{path}: is {saved['width'] or 64} wide; leave --width {args.width} out")
     keys = ("num_classes", "width", "mean", "std")
     return saved["model"], {key: saved[key] for key in keys}
 

@@ -47,7 +47,7 @@ def mix_kl_step(
 
     def attack_loss(logits: Tensor) -> Tensor:  # KL(y~ || q_Ta) up to the entropy of y~
         if args.attack_target == "clean":
-            return utils.temperature_kl(logits, clean.detach(), T_a)
+            return len(logits) * utils.temperature_kl(logits, clean.detach(), T_a)  # a sum, too
         return F.cross_entropy(logits / T_a, y, reduction="sum")
 
     with utils.statistics_held(network, args.attack_mode):
@@ -271,7 +271,7 @@ def train(
         SystemExit: A signal told the run to stop; its state is saved.
     """
     build, parts = prepare(model, batches, args)
-    progress = resume.restored(state, parts, args) if state else resume.Progress()
+    progress = resume.begun(state, parts, args)
     average, step_of = parts.average, current(build, attack_of, args)
     watch = keeper.Keeper(folder, parts, progress, args, len(batches))
     if folder:  # nothing was touched so far: the run could still be refused

@@ -50,8 +50,8 @@ def write_text(path: Path, text: str) -> None:
     write(path, lambda file: file.write(text.encode()))
 
 
-def probe(folder: Path) -> None:
-    """Create a folder where it is missing, and see whether files can be written there.
+def probe(folder: Path, flag: str = "--out-dir") -> None:
+    """Create the folder that a flag names where it is missing, and see whether it can be written.
 
     Raises:
         OSError: They cannot.
@@ -62,7 +62,7 @@ def probe(folder: Path) -> None:
             file.write(b"\n")
     except OSError as error:
         raise OSError(
-            f"{folder}: cannot be written ({error.strerror}); choose another --out-dir"
+            f"{folder}: cannot be written ({error.strerror}); choose another {flag}"
         ) from error
 
 

@@ -10,15 +10,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 import files
 import parallel
 import resume
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # the last: a scheduler's warning
-# Steps between two looks at the loss, and at which several processes agree whether to save or stop.
+# The last is a scheduler's warning; Windows has none.
+NAMES = ("SIGTERM", "SIGINT", "SIGUSR1")
+SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
+# Steps between two looks at the loss, and at which several processes agree whether to save or stop;
+# where a step takes more than a second they look after each.
 LOOK = 10
+ECHO = 2.0  # seconds within which a signal is the same one again, passed on by torchrun
 
 
 class DivergedError(ValueError):
@@ -40,7 +43,7 @@ class Keeper:
     ) -> None:
         """Refuse a run that its disk cannot hold; ``steps`` is the number of them in an epoch."""
         self.folder, self.parts, self.progress, self.args = folder, parts, progress, args
-        self.steps, self.heard = steps, 0
+        self.steps, self.heard, self.every = steps, 0, 1
         self.failure: OSError | None = None  # of the last write
         self.saved = time.monotonic()
         if folder:
@@ -58,11 +61,14 @@ class Keeper:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Note the first signal to stop; exit at once at the second."""
+        when = 0.0
 
         def hear(number: int, _: object) -> None:
-            if self.heard:
+            nonlocal when
+            if self.heard and (number != self.heard or time.monotonic() - when > ECHO):
                 os._exit(128 + number)
-            self.heard = number
+            if not self.heard:
+                self.heard, when = number, time.monotonic()
 
         before = {number: signal.signal(number, hear) for number in SIGNALS}
         try:
@@ -79,14 +85,18 @@ class Keeper:
             SystemExit: A signal was heard; the state is saved.
         """
         last = self.progress.step == self.steps
-        look = last or self.progress.step % LOOK == 0
+        look = last or self.progress.step % self.every == 0
         broken = int(look and not bool(self.progress.sums.isfinite().all()))
         if parallel.size() > 1 and not look:
             return
-        due = int(not last and time.monotonic() - self.saved > 60 * self.args.save_every)
-        broken, heard, due = parallel.maxima(broken, self.heard, due)
+        # What comes after the last step is measuring, which hears no signal for minutes on a CPU.
+        wait = min(1, self.args.save_every) if last else self.args.save_every
+        due = int(time.monotonic() - self.saved > 60 * wait)
+        slow = int(self.progress.seconds > self.progress.step)
+        broken, heard, due, slow = parallel.maxima(broken, self.heard, due, slow)
+        self.every = 1 if slow else LOOK
         if broken:
-            self.diverged()
+            self.diverged(f"the loss is {float(self.progress.sums[0] / self.progress.step)}")
         if heard or due:
             self.save()
         self.stop_if(heard)
@@ -115,15 +125,14 @@ class Keeper:
     def check(self) -> None:
         """Raise where weights, average or momentum are not finite."""
         if not all(bool(t.isfinite().all()) for t in self.parts.tensors()):
-            self.diverged()
+            self.diverged("the weights are not finite")
 
-    def diverged(self) -> None:
+    def diverged(self, what: str) -> None:
         """Raise the line for a run that has diverged."""
         p, kept = self.progress, self.folder and self.folder / resume.NAME
-        loss = float(p.sums[0] / p.step) if isinstance(p.sums, Tensor) else float("nan")
         held = f"; {kept} holds the last good state" if kept and kept.exists() else ""
         raise DivergedError(
-            f"epoch {p.epoch}: the loss is {loss} after step {p.step}, lr "
+            f"epoch {p.epoch}: {what} after step {p.step}, lr "
             f"{float(self.parts.optimizer.param_groups[0]['lr']):g}; try a smaller --lr or "
             f"--kl-weight{held}"
         )

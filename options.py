@@ -1,12 +1,12 @@
 """Every flag, declared once, in groups; both spellings (dashes, underscores) are accepted."""
 
 import argparse
-import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import presets
+from values import count, number, pixels, temperatures
 
 DEFAULT_ATTACKS = ["clean", "fgsm", "pgd-10", "pgd-20", "pgd-50", "cw-20", "cw-50"]
 REPLACED = {  # flags of the published scripts that others replace here
@@ -31,44 +31,6 @@ def dashed(argv: list[str]) -> list[str]:
         name, equals, value = word.partition("=")
         words.append(name.replace("_", "-") + equals + value if word.startswith("--") else word)
     return words
-
-
-def pixels(text: str) -> float:
-    """Return a size in 1/255 from ``8``, ``8/255`` or a fraction below 1 such as ``0.03137``."""
-    size, slash, scale = text.partition("/")
-    value = float(size)
-    if slash or value < 1:
-        value *= 255 / (float(scale or 1) or math.nan)
-    if not 0 <= value <= 255:
-        raise argparse.ArgumentTypeError(f"{text}: not in [0, 255], in units of 1/255")
-    return value
-
-
-def number(low: float, high: float = math.inf, kind: type = float) -> Callable[[str], float]:
-    """Return a parser of finite numbers in [low, high]."""
-
-    def parse(text: str) -> float:
-        value = kind(text)
-        if not (low <= value <= high and math.isfinite(value)):
-            raise argparse.ArgumentTypeError(f"{text}: outside [{low:.10g}, {high:.10g}]")
-        return value
-
-    parse.__name__ = "number"
-    return parse
-
-
-def count(low: int = 1, high: int = 2**31 - 1) -> Callable[[str], int]:
-    """Return a parser of whole numbers in [low, high]."""
-    return number(low, high, int)
-
-
-def temperatures(text: str) -> tuple[float, float]:
-    """Return first and last temperature from ``2`` (constant) or ``4:1`` (a line over the run)."""
-    first, _, last = text.partition(":")
-    values = float(first), float(last or first)
-    if not all(0 < value < math.inf for value in values):
-        raise argparse.ArgumentTypeError(f"{text}: temperatures are above 0")
-    return values
 
 
 # fmt: off
@@ -227,17 +189,33 @@ def parse_training(argv: list[str], doc: str, defaults: dict[str, object]) -> ar
         args.kl_weight = (args.epsilon / 8) ** 3
     args.attack_temperature = args.attack_temperature or args.temperature
     args.method = args.baseline or args.preset or "mix_kl"
-    if args.kl_weight > 0 and args.kl_reference == "ema" and args.ema_decay == 0:
-        raise ValueError("--kl-reference ema: needs an --ema-decay above 0")
-    if args.image_sizes[-1] != 32:
-        raise ValueError("--image-sizes: the last is 32, the side of the images that are measured")
-    if args.epochs < len(args.image_sizes):
-        raise ValueError("--image-sizes: more sizes than --epochs, the last would never be trained")
-    if args.nesterov and args.momentum == 0:
-        raise ValueError("--nesterov: needs a --momentum above 0")
-    if args.attack_target == "clean" and args.delta_init == "zero":
-        raise ValueError("--attack-target clean: its gradient is 0 there; choose a --delta-init")
+    refuse(args)
     return args
+
+
+def refuse(args: argparse.Namespace) -> None:
+    """Raise a ValueError where two flags contradict each other, or one would do nothing."""
+    rules = (
+        (args.kl_weight > 0 and args.kl_reference == "ema" and args.ema_decay == 0,
+         "--kl-reference ema: needs an --ema-decay above 0"),
+        (args.kl_gradient == "both" and args.kl_reference != "clean",
+         "--kl-gradient both: needs --kl-reference clean"),
+        (args.hard_term == "clean" and args.kl_weight == 0,
+         "--hard-term clean: with --kl-weight 0 no adversarial image is trained on"),
+        (args.attack_target == "clean" and args.delta_init == "zero",
+         "--attack-target clean: its gradient is 0 there; choose a --delta-init"),
+        (args.factor is not None and args.label_smoothing > 0,
+         "--factor: sets --label-smoothing; give one of them"),
+        (args.image_sizes[-1] != 32,
+         "--image-sizes: the last is 32, the side of the images that are measured"),
+        (args.epochs < len(args.image_sizes),
+         f"--epochs {args.epochs}: {len(args.image_sizes)} --image-sizes need more, or the last "
+         "is never trained"),
+        (args.nesterov and args.momentum == 0, "--nesterov: needs a --momentum above 0"),
+    )  # fmt: skip
+    for wrong, why in rules:
+        if wrong:
+            raise ValueError(why)
 
 
 # fmt: off

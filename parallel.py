@@ -27,8 +27,10 @@ LAUNCHERS = (
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),  # mpirun
 )
 # How long a process waits for one that lives: hours of AutoAttack are dealt out unevenly. One that
-# has died is noticed by its closed connection, or by the launcher.
-PATIENCE = timedelta(days=1)
+# has died is noticed by its closed connection, or by the launcher. At the start they meet sooner.
+PATIENCE, MEETING = timedelta(days=1), timedelta(minutes=10)
+# How gloo, NCCL and the store say that a connection was closed.
+GONE = ("closed by peer", "reset by peer", "remote process", "broken pipe", "connection closed")
 
 
 def rank() -> int:
@@ -47,7 +49,8 @@ def start(device_name: str) -> torch.device:
     Only rank 0 keeps its standard output.
 
     Raises:
-        ValueError: The device is not here, or the processes cannot find each other.
+        ValueError: The device is not here, ``--device`` numbers a GPU although each process takes
+            its own, or the processes cannot find each other.
     """
     told = [[os.environ.get(name) for name in names] for names in LAUNCHERS]
     mine, count, local = next((values for values in told if all(values)), ("0", "1", "0"))
@@ -60,10 +63,24 @@ def start(device_name: str) -> torch.device:
                 "port), or start them with torchrun"
             )
     on_gpu = device_name != "cpu" and torch.cuda.is_available()
-    device = utils.pick_device(f"cuda:{local}" if on_gpu else device_name)
-    dist.init_process_group(
-        "nccl" if on_gpu else "gloo", rank=int(mine), world_size=int(count), timeout=PATIENCE
-    )
+    if ":" in device_name:
+        raise ValueError(
+            f"--device {device_name}: each of {count} processes takes a GPU of its own"
+        )
+    # A scheduler may show each process its own GPU alone.
+    index = 0 if torch.cuda.device_count() == 1 else local
+    device = utils.pick_device(f"cuda:{index}" if on_gpu else device_name)
+    who = dict(rank=int(mine), world_size=int(count))
+    try:
+        store, *_ = next(dist.rendezvous("env://", *who.values(), timeout=MEETING))
+        store.set_timeout(PATIENCE)
+        dist.init_process_group("nccl" if on_gpu else "gloo", store=store, timeout=PATIENCE, **who)
+    except RuntimeError as error:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise ValueError(
+            f"rank {mine}: the {count} processes cannot find each other at {address}, MASTER_ADDR "
+            f"and MASTER_PORT ({str(error).splitlines()[0][:120]})"
+        ) from error
     signal.signal(signal.SIGTERM, _told_to_stop)
     if rank():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
@@ -81,7 +98,7 @@ def together() -> Iterator[None]:
     """Leave the group of processes at the end of the block.
 
     Raises:
-        ConnectionError: Another process is gone; one line says so.
+        ConnectionError: Another process is gone, or they cannot talk to each other.
     """
     try:
         yield
@@ -89,9 +106,13 @@ def together() -> Iterator[None]:
         lost = isinstance(error, dist.DistError) or "gloo" in str(error).lower()
         if not lost:
             raise
+        text = " ".join(str(error).split())
+        gone = any(sign in text.lower() for sign in GONE)
+        what = "another process is gone" if gone else "the processes cannot talk to each other"
+        reason = text if len(text) < 240 else f"{text[:120]} ... {text[-120:]}"  # NCCL's is the end
         raise ConnectionError(
-            f"rank {rank()}: another process is gone; what the run saved last is whole and can be "
-            f"measured ({str(error).splitlines()[0][:120]})"
+            f"rank {rank()}: {what}; what the run saved last is whole and can be measured "
+            f"({reason})"
         ) from error
     if dist.is_initialized():
         gc.collect()  # what is left of DDP holds threads, which may not outlive the interpreter

@@ -10,6 +10,7 @@ BASELINES = {
     "trades": PLAIN | dict(
         delta_init="uniform", attack_steps=10, alpha_ratio=0.25, attack_target="clean",
         hard_term="clean", kl_weight=6.0, kl_reference="clean", kl_gradient="both",
+        attack_mode="eval",
     ),
 }  # fmt: skip
 PRESETS = {

@@ -24,8 +24,9 @@ def refuse(args: argparse.Namespace) -> None:
     """Refuse what would otherwise be found out after hours of attacks.
 
     Raises:
-        ValueError: AutoAttack is not installed, or there is no other network for ``transfer``.
-        FileExistsError: The folder of ``--export`` exists.
+        ValueError: AutoAttack is not installed, there is no other network for ``transfer``, or the
+            claim of ``--export`` would not be of each attack by itself.
+        OSError: The folder of ``--export`` exists, or cannot be made.
     """
     families = {evaluation.parse_attack(name).family for name in args.attacks}
     if families & auto_attack.VERSIONS.keys():
@@ -34,6 +35,9 @@ def refuse(args: argparse.Namespace) -> None:
         raise ValueError("--attacks transfer: name the other checkpoint with --transfer-from")
     if args.export:
         export.refuse(args.export)
+        files.probe(args.export.parent, "--export")
+        if args.cascade:
+            raise ValueError("--export: claims the accuracy of each attack; leave --cascade out")
 
 
 def open_network(

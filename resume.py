@@ -100,9 +100,10 @@ def learned(parts: Parts) -> dict[str, object]:
 def put_learned(state: dict[str, object], parts: Parts) -> None:
     """Bring weights, average, momentum and scaler, in place, to what ``learned`` saw."""
     parts.model.load_state_dict(state["raw"])
-    if parts.average:
-        parts.average.model.load_state_dict(state["ema"])
-    parts.scaler.load_state_dict(state["scaler"])
+    if parts.average:  # a run without one may be told to go on with one, or in another precision
+        parts.average.model.load_state_dict(state["ema"] or state["raw"])
+    if state["scaler"]:
+        parts.scaler.load_state_dict(state["scaler"])
     with torch.no_grad():
         for mine, kept in zip(parts.momentum(), state["momentum"], strict=True):
             mine.copy_(kept)
@@ -134,7 +135,8 @@ def put_back(state: dict[str, object], parts: Parts) -> Progress:
     with torch.no_grad():
         if parallel.rank() < len(state["processes"]):
             process = state["processes"][parallel.rank()]
-            for mine, kept in zip(parts.statistics(), process["statistics"], strict=True):
+            # Those of the average come last; there may have been none.
+            for mine, kept in zip(parts.statistics(), process["statistics"], strict=False):
                 mine.copy_(kept)
             torch.set_rng_state(process["torch"])
             random.setstate(process["python"])
@@ -217,6 +219,22 @@ def check_flags(state: dict[str, object], args: Namespace) -> None:
         )
     if changed:
         print(f"note: changed since the state was saved: {text}")
+
+
+def begun(path: Path | None, parts: Parts, args: Namespace) -> Progress:
+    """Return how far a run is: where the state in a file left it, or at its beginning.
+
+    Raises:
+        ValueError: The file cannot be gone on from, or other processes found another state.
+        checkpoint.Diverged: Its weights are not finite.
+    """
+    progress = restored(path, parts, args) if path else Progress()
+    if len(set(parallel.gathered((progress.epoch, progress.step, progress.rollbacks)))) > 1:
+        raise ValueError(
+            "--resume: the processes found different states; --out-dir must be a folder that all "
+            "of them see"
+        )
+    return progress
 
 
 def restored(path: Path, parts: Parts, args: Namespace) -> Progress:

@@ -72,7 +72,7 @@ def follow(progress: resume.Progress, parts: resume.Parts, args: Namespace) -> b
     print(
         f"rollback {progress.rollbacks} of at most {LIMIT}: epoch {row['epoch']} has collapsed; "
         f"back to the end of epoch {state['epoch']}, and on with --delta-init {start} --alpha "
-        f"{alpha:g} (were {row['delta_init']}, {row['alpha']:g})", flush=True,
+        f"{alpha:g}/255 (were {row['delta_init']}, {row['alpha']:g}/255)", flush=True,
     )  # fmt: skip
     return True
 

@@ -29,6 +29,7 @@ LOCAL = {
     "pictures",
     "referee",
     "synthetic",
+    "values",
     "files",
     "keeper",
     "resume",
@@ -49,7 +50,7 @@ MAY_IMPORT = {
     "files": set(),
     "graph": set(),
     "keeper": {"files", "parallel", "resume"},
-    "options": {"presets"},
+    "options": {"presets", "values"},
     "parallel": {"utils"},
     "pictures": {"attacks", "plots", "utils"},
     "plots": set(),
@@ -70,6 +71,7 @@ MAY_IMPORT = {
     "resume": {"checkpoint", "files", "parallel", "reading", "utils"},
     "rollback": {"resume"},
     "synthetic": set(),
+    "values": set(),
 }
 THIRD_PARTY = {
     "engine": {"torch", "numpy", "tqdm"},
@@ -88,6 +90,7 @@ THIRD_PARTY = {
     "synthetic": {"numpy"},
     "graph": {"torch"},
     "options": set(),
+    "values": set(),
     "parallel": {"torch"},
     "plots": {"matplotlib"},
     "files": set(),

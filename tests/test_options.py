@@ -9,6 +9,7 @@ import pytest
 from conftest import ROOT
 
 import options
+import values
 
 TRAINING = """EMA_value allow_changed alpha attack_mode attack_steps attack_target
 attack_temperature baseline batch_size compile crop_padding data_dir debug delta_init device
@@ -54,10 +55,11 @@ def test_dashes_and_underscores_are_the_same_flag_and_values_are_left_alone():
 
 
 @pytest.mark.parametrize("text, value", [
-    ("8", 8), ("8/255", 8), ("0.03137", 7.99935), ("0", 0), ("16/255", 16), ("1", 1), ("255", 255),
+    ("8", 8), ("8/255", 8), ("0.5/255", 0.5), ("0.03137", 7.99935), ("0", 0),
+    ("16/255", 16), ("1", 1), ("255", 255),
 ])  # fmt: skip
 def test_sizes_are_in_units_of_1_255(text, value):
-    assert options.pixels(text) == pytest.approx(value, abs=1e-9)
+    assert values.pixels(text) == pytest.approx(value, abs=1e-9)
 
 
 @pytest.mark.parametrize("words, message", [
@@ -66,6 +68,7 @@ def test_sizes_are_in_units_of_1_255(text, value):
     ("--epsilon nan", "not in [0, 255]"),
     ("--epsilon 8/0", "not in [0, 255]"),
     ("--epsilon x", "invalid pixels value"),
+    ("--epsilon 0.5", "0.5: write 0.5/255, or 127.5/255"),
     ("--epochs 0", "argument --epochs: 0: outside"),
     ("--epochs 1.5", "argument --epochs"),
     ("--image-sizes 4 32", "argument --image-sizes: 4: outside"),
@@ -97,7 +100,11 @@ def test_a_bad_value_is_one_line_and_status_2(words, message, capsys):
     ("--attack-target clean --delta-init zero", "--attack-target clean"),
     ("--nesterov --momentum 0", "--nesterov: needs a --momentum"),
     ("--image-sizes 32 16", "--image-sizes: the last is 32"),
-    ("--image-sizes 16 24 32 --epochs 2", "--image-sizes: more sizes than --epochs"),
+    ("--image-sizes 16 24 32 --epochs 2", "--epochs 2: 3 --image-sizes need more"),
+    ("--preset fast --epochs 3", "--epochs 3: 4 --image-sizes"),
+    ("--kl-gradient both", "--kl-gradient both: needs --kl-reference clean"),
+    ("--baseline trades --kl-weight 0", "--hard-term clean: with --kl-weight 0 no adversarial"),
+    ("--factor 0.7 --label-smoothing 0.1", "--factor: sets --label-smoothing"),
 ])  # fmt: skip
 def test_flags_that_contradict_each_other_are_refused(words, message):
     with pytest.raises(ValueError, match=message):

@@ -128,6 +128,21 @@ def processes_below(parent):
     return found
 
 
+def scheduled(*commands, **pipes):
+    """Start one process a command, as a scheduler does; return them by rank."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    found = []
+    for rank, words in enumerate(commands):
+        environ = os.environ | dict(
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=port, OMP_NUM_THREADS="1", SLURM_LOCALID=str(rank),
+            SLURM_PROCID=str(rank), SLURM_STEP_NUM_TASKS=str(len(commands)),
+        )  # fmt: skip
+        found.append(subprocess.Popen([sys.executable, *map(str, words)], env=environ, **pipes))
+    return found
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["torchrun", "scheduler"])
 def test_a_killed_process_ends_the_others_with_a_line_and_a_whole_checkpoint(tmp_path, launcher):
@@ -140,16 +155,7 @@ def test_a_killed_process_ends_the_others_with_a_line_and_a_whole_checkpoint(tmp
         started = subprocess.Popen([sys.executable, *TORCHRUN, *map(str, words)], **pipes)
         children = lambda: processes_below(started.pid)  # noqa: E731
     else:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
-        both = []
-        for rank in "01":
-            environ = os.environ | dict(
-                MASTER_ADDR="127.0.0.1", MASTER_PORT=port, SLURM_PROCID=rank, SLURM_LOCALID=rank,
-                SLURM_STEP_NUM_TASKS="2", OMP_NUM_THREADS="1",
-            )  # fmt: skip
-            both.append(subprocess.Popen([sys.executable, *map(str, words)], env=environ, **pipes))
+        both = scheduled(words, words, **pipes)
         started = both[0]
         children = lambda: {rank: process.pid for rank, process in enumerate(both)}  # noqa: E731
     try:
@@ -175,6 +181,49 @@ def test_a_scheduler_that_names_no_address_gets_one_line(script, monkeypatch):
     status, _, err = script("MIX_KL_CIFAR10", "--synthetic")
     assert (status, len(err.splitlines())) == (2, 1)
     assert "4 processes, but MASTER_ADDR is not set" in err
+
+
+def test_processes_that_cannot_meet_get_one_line(script, monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        for name, value in dict(
+            RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(taken.getsockname()[1]),
+        ).items():  # fmt: skip
+            monkeypatch.setenv(name, value)
+        status, _, err = script("MIX_KL_CIFAR10", "--synthetic", "--device", "cpu")
+        assert (status, len(err.splitlines())) == (2, 1)
+        assert "rank 0: the 2 processes cannot find each other at 127.0.0.1:" in err
+    status, _, err = script("MIX_KL_CIFAR10", "--synthetic", "--device", "cuda:1")
+    assert status == 2 and "--device cuda:1: each of 2 processes takes a GPU of its own" in err
+
+
+@pytest.mark.slow
+def test_processes_that_found_different_states_do_not_go_on(tmp_path):
+    """As with an --out-dir that each machine has for itself."""
+    words = [ROOT / "MIX_KL_CIFAR10.py", "--data-dir", write_archive(tmp_path, 10, train=120)]
+    words += [*TINY, "--train-images", "32", "--epochs", "1", "--run-name", "run", "--resume"]
+    mine, other = ([*words, "--out_dir", tmp_path / name] for name in ("mine", "other"))
+    pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    for process in scheduled(mine, mine, **pipes):
+        assert process.wait(timeout=120) == 0
+    log_before = (tmp_path / "mine" / "run" / "log.csv").read_bytes()
+    both = scheduled(mine, other, **pipes)
+    lines = [process.communicate(timeout=120)[1] for process in both]
+    assert [process.returncode for process in both] == [2, 2]
+    assert any("--resume: the processes found different states" in text for text in lines), lines
+    assert (tmp_path / "mine" / "run" / "log.csv").read_bytes() == log_before
+
+
+@pytest.mark.parametrize("text, says", [
+    ("[gloo/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1", "another process is gone"),
+    ("NCCL error: unhandled system error. Last error: No space left on /dev/shm", "cannot talk"),
+])  # fmt: skip
+def test_an_error_between_processes_is_called_what_it_is(text, says):
+    with pytest.raises(ConnectionError, match=says) as found, parallel.together():
+        raise torch.distributed.DistBackendError(text)
+    assert text[-20:] in str(found.value)
 
 
 def test_a_single_process_shares_with_nobody():

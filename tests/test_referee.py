@@ -101,6 +101,8 @@ def test_transfer_takes_its_images_from_the_other_file(case, script):
     (["--attacks", "clean", "transfer"], "name the other checkpoint with --transfer-from"),
     (["--attacks", "pgd-2", "autoattack"], "pip install -r requirements-eval.txt"),
     (["--export", "old"], "--export old: exists; name a new folder"),
+    (["--export", "/proc/x/new"], "/proc/x: cannot be written"),
+    (["--export", "new", "--cascade"], "leave --cascade out"),
 ])  # fmt: skip
 def test_what_would_fail_after_hours_is_refused_before_anything_is_read(
     case, script, monkeypatch, words, message

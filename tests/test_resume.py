@@ -224,10 +224,54 @@ def test_within_an_epoch_the_state_is_saved_every_so_many_minutes(watched, monke
     now, saved = [watch.saved], []
     monkeypatch.setattr(keeper.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(keeper.files, "write", lambda *_, **__: saved.append(progress.step))
-    for step in range(1, 25):
+    for step in range(1, 26):
         progress.step, now[0] = step, now[0] + 4 * 60 + 1  # 4 minutes and a second a step
         watch.after_step()
-    assert saved == [4, 8, 12, 16, 20, 24]
+    assert saved == [4, 8, 12, 16, 20, 24, 25]  # the last before what is measured, which takes long
+
+
+def test_the_end_of_a_short_epoch_is_not_saved_twice(watched, monkeypatch):
+    watch, progress = watched
+    now, saved = [watch.saved + 59], []
+    monkeypatch.setattr(keeper.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(keeper.files, "write", lambda *_, **__: saved.append(progress.step))
+    progress.step = 25
+    watch.after_step()
+    assert saved == []
+    now[0] += 2
+    watch.after_step()
+    assert saved == [25]
+
+
+@pytest.mark.parametrize("seconds, looks", [(0.9, [1, 10, 20, 25]), (1.1, list(range(1, 26)))])
+def test_several_processes_agree_after_each_slow_step_and_each_tenth_quick_one(
+    watched, monkeypatch, seconds, looks
+):
+    watch, progress = watched
+    agreed = []
+    monkeypatch.setattr(keeper.parallel, "size", lambda: 2)
+    monkeypatch.setattr(
+        keeper.parallel, "maxima", lambda *all_: agreed.append(progress.step) or list(all_)
+    )
+    for step in range(1, 26):
+        progress.step, progress.seconds = step, step * seconds
+        watch.after_step()
+    assert agreed == looks
+
+
+@pytest.mark.parametrize("second, later, ends", [
+    (signal.SIGTERM, 1.0, False), (signal.SIGTERM, 3.0, True), (signal.SIGINT, 0.1, True),
+])  # fmt: skip
+def test_a_signal_that_torchrun_passes_on_counts_once(watched, monkeypatch, second, later, ends):
+    watch, _ = watched
+    now, ended = [100.0], []
+    monkeypatch.setattr(keeper.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(keeper.os, "_exit", ended.append)
+    with watch.listening():
+        signal.raise_signal(signal.SIGTERM)
+        now[0] += later
+        signal.raise_signal(second)
+    assert watch.heard == signal.SIGTERM and ended == ([128 + second] if ends else [])
 
 
 def test_a_loss_that_is_not_finite_is_seen_within_ten_steps(watched):
