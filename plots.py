@@ -25,16 +25,17 @@ def curves(rows: list[dict[str, float]], collapses: list[int], file: Path | Bina
     drawn = figure(11, 4)
     accuracy, loss = drawn.subplots(1, 2, width_ratios=(3, 2))
     epochs = [row["epoch"] for row in rows]
-    measured = [row for row in rows if row["pgd10_acc"] is not None]
-    at = [row["epoch"] for row in measured]
+
+    def plot(column: str, *style: str, **words: object) -> None:
+        measured = [row for row in rows if row.get(column) is not None]
+        if measured:
+            shares = [100 * row[column] for row in measured]
+            accuracy.plot([row["epoch"] for row in measured], shares, *style, **words)
+
     shown = {"clean": ("clean", "tab:blue"), "fgsm": ("FGSM", "tab:orange")}
     for key, (name, color) in (shown | {"pgd10": ("PGD-10", "tab:green")}).items():
-        accuracy.plot(
-            at, [100 * row[f"{key}_acc"] for row in measured], "o-", ms=3, c=color, label=name
-        )
-        if f"ema_{key}_acc" in rows[0]:
-            averaged = [100 * row[f"ema_{key}_acc"] for row in measured]
-            accuracy.plot(at, averaged, "--", c=color, label=f"{name}, averaged")
+        plot(f"{key}_acc", "o-", ms=3, c=color, label=name)
+        plot(f"ema_{key}_acc", "--", c=color, label=f"{name}, averaged")
     for number, epoch in enumerate(collapses):
         label = "collapse" if number == 0 else None
         accuracy.axvline(epoch, c="tab:red", lw=6, alpha=0.3, label=label)

@@ -167,6 +167,29 @@ def test_trades_is_its_formula(batch):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("target", ["labels", "clean"])
+def test_the_attack_raises_a_sum_so_that_half_precision_keeps_its_gradient(target, batch):
+    """The loss of a batch of twins is twice that of one of them; as a mean it would not be."""
+    x, y = batch[0][:1], batch[1][:1]
+    losses = []
+
+    def attack(model, images, loss):
+        losses.append(float(loss(model(1 - images).detach())))
+        return images, model(images).detach()
+
+    args = flags("--mixup-alpha", "0", "--attack-target", target, "--attack-mode", "eval")
+    for n in (1, 8):
+        torch.manual_seed(0)
+        model = SmallNet()
+        with torch.no_grad():
+            model.linear.weight *= 50  # logits that differ
+        engine.mix_kl_step(
+            model, None, x.repeat(n, 1, 1, 1), y.repeat(n), lam=torch.tensor(1.0),
+            T=torch.tensor(2.0), T_a=torch.tensor(2.0), attack=attack, args=args,
+        )  # fmt: skip
+    assert losses[1] == pytest.approx(8 * losses[0], rel=1e-3) and losses[0] > 0
+
+
 @pytest.mark.parametrize("reference", ["start", "clean", "ema"])
 def test_the_reference_gets_no_gradient_and_is_the_right_pass(reference, batch):
     x, y = batch

@@ -195,6 +195,20 @@ def test_flags_that_are_not_typed_so_are_named_as_they_are_typed():
         resume.check_flags(state, args)
 
 
+@pytest.mark.parametrize("before, after", [
+    (["--ema-decay", "0"], ["--ema-decay", "0.9"]), (["--ema-decay", "0.9"], ["--ema-decay", "0"]),
+    (["--precision", "fp32"], ["--precision", "fp16"]),
+])  # fmt: skip
+def test_a_run_goes_on_with_an_average_or_a_precision_that_it_had_not(
+    tmp_path, script, before, after
+):
+    words = command(write_archive(tmp_path, 10), tmp_path, "run", "--resume", "--allow-changed")[1:]
+    assert script("MIX_KL_CIFAR10", *words, *before, "--epochs", "1")[0] == 0
+    status, out, err = script("MIX_KL_CIFAR10", *words, *after, "--epochs", "2")
+    assert status == 0, err
+    assert "note: changed since the state was saved" in out and len(log(tmp_path / "run")) == 2
+
+
 def test_a_loss_that_is_not_finite_exits_with_3_and_leaves_the_last_good_state(stopped, script):
     folder, words = stopped
     kept = {path.name: path.read_bytes() for path in folder.glob("*.pth*")}
