@@ -186,13 +186,12 @@ def prepare(
         ValueError: ``--batch-size`` cannot be shared, or ``--compile`` asks for what is not there.
     """
     device = next(model.parameters()).device
-    if args.batch_size % parallel.size():
-        raise ValueError(
-            f"--batch-size {args.batch_size}: not a multiple of the {parallel.size()} processes"
-        )
+    share = parallel.part(args.batch_size)
     alone_on_gpu = device.type == "cuda" and parallel.size() == 1
     if args.compile == "on" and not alone_on_gpu:
         raise ValueError("--compile on: a CUDA graph needs a GPU and a single process")
+    if args.attack_mode == "eval":
+        utils.settle_statistics(model, batches.load(torch.arange(share, device=device))[0])
     replica = parallel.wrapped(model)
     average = utils.WeightAverage(model) if args.ema_decay > 0 else None
     optimizer = torch.optim.SGD(

@@ -131,6 +131,21 @@ def statistics_held(model: nn.Module, mode: str) -> Iterator[None]:
         model.train()
 
 
+@torch.no_grad()
+def settle_statistics(model: nn.Module, x: Tensor) -> None:
+    """Make running statistics those of the (N, C, H, W) images, where they still are 0 and 1.
+
+    With these an untrained network in eval mode is one whose logits explode.
+    """
+    layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [layer.momentum for layer in layers]
+    for layer in layers:
+        layer.momentum = 1.0
+    model.train()(x)
+    for layer, momentum in zip(layers, momenta, strict=True):
+        layer.momentum = momentum
+
+
 # ---------------------------------------------------------------------------------------- schedules
 
 Schedule = Callable[[float], float]  # progress of the run in [0, 1] -> value
