@@ -135,7 +135,7 @@ def statistics_held(model: nn.Module, mode: str) -> Iterator[None]:
 def settle_statistics(model: nn.Module, x: Tensor) -> None:
     """Make running statistics those of the (N, C, H, W) images, where they still are 0 and 1.
 
-    With these an untrained network in eval mode is one whose logits explode.
+    With these an untrained network in eval mode is another one than in train mode.
     """
     layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     momenta = [layer.momentum for layer in layers]

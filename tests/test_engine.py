@@ -300,6 +300,21 @@ def test_nothing_in_a_step_waits_for_the_device(words, batch):
     assert len(waits.seen) == 3
 
 
+@pytest.mark.parametrize("mode, close", [("eval", True), ("train", False)])
+def test_an_attack_on_running_statistics_begins_with_those_of_a_batch(mode, close, batch):
+    """At 0 and 1 its reference would be another network than the one that is trained."""
+    torch.manual_seed(0)
+    model = build_model("PreActResNet18", num_classes=10, width=8)
+    batches = Batches(*batch)
+    args = flags("--attack-mode", mode, "--batch-size", str(len(batch[0])))
+    engine.prepare(model, batches, args)
+    momenta = {m.momentum for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)}
+    x, _ = batches.load(torch.arange(len(batch[0])))
+    with torch.no_grad():
+        kl = utils.temperature_kl(model.train()(x), model.eval()(x), 2.0)
+    assert momenta == {0.1} and bool(kl < 1e-3) is close
+
+
 def test_only_the_training_pass_records_statistics(batch):
     model = SmallNet().train()
     one_step(model, *batch, flags("--kl-reference", "clean"))
