@@ -27,7 +27,7 @@ Step = Callable[[Tensor, Tensor], Tensor]  # indices of images, a row of ``plan`
 
 def mix_kl_step(
     model: nn.Module, average: nn.Module | None, x: Tensor, y: Tensor, *,
-    lam: Tensor, T: Tensor, T_a: Tensor, attack: Attack, args: Namespace,
+    lam: Tensor, T: Tensor, T_a: Tensor, attack: Attack, args: Namespace, ramp: float | Tensor = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the loss of one MIX-KL step, its hard term and its KL term.
 
@@ -39,6 +39,7 @@ def mix_kl_step(
         T: Temperature of the KL term, and ``T_a``: that of the attack.
         attack: Raises a loss of the logits around x within the threat model.
         args: The flags of the method, and ``num_classes``.
+        ramp: Share of ``--kl-weight`` that the KL term has by now.
     """
     network = parallel.unwrapped(model)  # no process waits for another in the attack
     if args.mixup_alpha > 0:
@@ -58,7 +59,7 @@ def mix_kl_step(
     if args.kl_weight == 0:
         return hard, hard, torch.zeros_like(hard)
     kl = utils.temperature_kl(logits, reference_logits(start, clean, average, x, args), T)
-    return hard + args.kl_weight * kl, hard, kl
+    return hard + ramp * args.kl_weight * kl, hard, kl
 
 
 def clean_logits(model: nn.Module, x: Tensor, args: Namespace) -> Tensor | None:
@@ -105,7 +106,7 @@ def whole_step(
     (group,) = optimizer.param_groups
 
     def step(index: Tensor, row: Tensor) -> Tensor:
-        lr, T, T_a, lam, pull = row.unbind()
+        lr, T, T_a, lam, pull, ramp = row.unbind()
         group["lr"].copy_(lr)
         x, y = load(index)
         x = utils.resized(x, side)
@@ -115,7 +116,7 @@ def whole_step(
         ):
             terms = mix_kl_step(
                 model, average and average.model, x, y,
-                lam=lam, T=T, T_a=T_a, attack=attack, args=args,
+                lam=lam, T=T, T_a=T_a, attack=attack, args=args, ramp=ramp,
             )  # fmt: skip
         optimizer.zero_grad()
         scaler.scale(terms[0]).backward()
@@ -131,7 +132,7 @@ def whole_step(
 def plan(
     args: Namespace, epoch: int, steps: int, rng: np.random.Generator
 ) -> list[tuple[float, ...]]:
-    """Return what changes from step to step: rows of lr, T, T of the attack, lam, EMA pull.
+    """Return what changes from step to step: rows of lr, T, T of the attack, lam, EMA pull, ramp.
 
     The values depend on flags, epoch and ``rng`` alone, so they are the same in every process.
     """
@@ -141,7 +142,8 @@ def plan(
     rows = []
     for step in range(steps):
         t, done = (epoch - 1 + step / steps) / args.epochs, (epoch - 1) * steps + step
-        rows.append((lr_at(t), T_at(t), T_a_at(t), lam[step], utils.pull(args.ema_decay, done)))
+        ramp, pull = utils.ramp(t, args.kl_warmup), utils.pull(args.ema_decay, done)
+        rows.append((lr_at(t), T_at(t), T_a_at(t), lam[step], pull, ramp))
     return rows
 
 
@@ -186,12 +188,10 @@ def prepare(
         ValueError: ``--batch-size`` cannot be shared, or ``--compile`` asks for what is not there.
     """
     device = next(model.parameters()).device
-    share = parallel.part(args.batch_size)
+    parallel.refuse_uneven(args.batch_size)
     alone_on_gpu = device.type == "cuda" and parallel.size() == 1
     if args.compile == "on" and not alone_on_gpu:
         raise ValueError("--compile on: a CUDA graph needs a GPU and a single process")
-    if args.attack_mode == "eval":
-        utils.settle_statistics(model, batches.load(torch.arange(share, device=device))[0])
     replica = parallel.wrapped(model)
     average = utils.WeightAverage(model) if args.ema_decay > 0 else None
     optimizer = torch.optim.SGD(
@@ -210,7 +210,7 @@ def prepare(
             replica, average, optimizer, batches.load, scaler, attack=attack, side=side, args=args
         )
         if alone_on_gpu and args.compile != "off":
-            example = torch.arange(args.batch_size, device=device), torch.ones(5, device=device)
+            example = torch.arange(args.batch_size, device=device), torch.ones(6, device=device)
             untouched = scaler.state_dict()
             step = graph.captured(step, example, parts.tensors())
             scaler.load_state_dict(untouched)

@@ -149,15 +149,10 @@ def share(items: Tensor) -> Tensor:
     return items[rank() :: size()]
 
 
-def part(batch_size: int) -> int:
-    """Return how many images of a batch are this process's.
-
-    Raises:
-        ValueError: They cannot be shared evenly.
-    """
+def refuse_uneven(batch_size: int) -> None:
+    """Raise a ValueError where a batch cannot be shared evenly."""
     if batch_size % size():
         raise ValueError(f"--batch-size {batch_size}: not a multiple of the {size()} processes")
-    return batch_size // size()
 
 
 def average_(tensors: list[Tensor]) -> None:

@@ -43,7 +43,8 @@ def curves(rows: list[dict[str, float]], collapses: list[int], file: Path | Bina
     above = dict(
         loc="lower left", bbox_to_anchor=(0, 1), fontsize=7, columnspacing=1, frameon=False
     )
-    accuracy.legend(ncols=4, **above)
+    if accuracy.lines:
+        accuracy.legend(ncols=4, **above)
 
     loss.plot(epochs, [row["loss"] for row in rows], "o-", ms=3, c="k", label="loss")
     loss.plot(epochs, [row["hard_loss"] for row in rows], "--", c="k", label="hard term")

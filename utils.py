@@ -131,21 +131,6 @@ def statistics_held(model: nn.Module, mode: str) -> Iterator[None]:
         model.train()
 
 
-@torch.no_grad()
-def settle_statistics(model: nn.Module, x: Tensor) -> None:
-    """Make running statistics those of the (N, C, H, W) images, where they still are 0 and 1.
-
-    With these an untrained network in eval mode is another one than in train mode.
-    """
-    layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    momenta = [layer.momentum for layer in layers]
-    for layer in layers:
-        layer.momentum = 1.0
-    model.train()(x)
-    for layer, momentum in zip(layers, momenta, strict=True):
-        layer.momentum = momentum
-
-
 # ---------------------------------------------------------------------------------------- schedules
 
 Schedule = Callable[[float], float]  # progress of the run in [0, 1] -> value
@@ -179,6 +164,11 @@ SCHEDULES: dict[str, Callable[[float, float, float], Schedule]] = {
     "cosine": lambda lr, lr_min, rise: cosine(lr, lr_min),
     "constant": lambda lr, lr_min, rise: lambda t: lr,
 }
+
+
+def ramp(t: float, until: float) -> float:
+    """Return the line from 0 at the beginning to 1 at progress ``until``, and 1 from there on."""
+    return min(1.0, t / until) if until > 0 else 1.0
 
 
 def line(first: float, last: float) -> Schedule:

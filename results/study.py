@@ -34,12 +34,15 @@ METHODS = {
     "kl": "--mixup-alpha 0",
     "t1": "--temperature 1",
     "pgd_at": "--baseline pgd_at",
-    "kl1": "--kl-weight 1",
+    "train": "--attack-mode train --kl-warmup 0",
+    "train8": "--attack-mode train --kl-warmup 0 --kl-weight 8",
     "fgsm_rs16": "--baseline fgsm_rs --alpha 16",
-    "late": "--lr-peak 0.4",
+    "late": "--attack-mode train --kl-warmup 0 --lr-peak 0.4",
 }
+ABLATION = ("mixup", "kl", "t1", "train")
 LONG = "--width 16 --train-images 4000 --epochs 110 --batch-size 64 --measure-every 10"
 SHORT = "--width 16 --epochs 15 --lr-schedule cyclic --lr 0.2 --measure-every 5"
+LATE = f"{SHORT} {METHODS['late']}"
 FAST = "--preset fast --width 16 --measure-every 7"
 STEEP = (
     "--width 16 --train-images 25000 --epochs 6 --lr-schedule cyclic --lr 0.2 --lr-peak 0.1 "
@@ -67,32 +70,32 @@ def cpu() -> list[Cell]:
     cells = [
         Cell(f"steep-{method}-seed{seed}", f"{STEEP} {METHODS[method]} --seed {seed}",
              f"{PGD_CW} --epsilon 16 --n-examples 1000")
-        for seed in range(5) for method in ("mix_kl", "fgsm_rs", "n_fgsm", "kl1", "fgsm_rs16")
+        for seed in range(5) for method in ("train8", "fgsm_rs", "n_fgsm", "train", "fgsm_rs16")
     ]  # fmt: skip
     cells += [
         Cell(f"steep15-{method}-seed{seed}", f"{STEEP15} {METHODS[method]} --seed {seed}",
              f"{PGD_CW} --epsilon 16 --n-examples 1000")
-        for seed in range(5) for method in ("mix_kl", "fgsm_rs")
+        for seed in range(5) for method in ("mix_kl", "fgsm_rs", "mixup", "train8")
     ]  # fmt: skip
     cells += [
         Cell(f"long16-{method}-seed{seed}", f"{LONG16} {METHODS[method]} --seed {seed}",
              f"{PGD_CW} --epsilon 16 --n-examples 1000")
-        for seed in range(5) for method in ("mix_kl", "fgsm_rs", "n_fgsm")
+        for seed in range(5) for method in ("train8", "fgsm_rs", "n_fgsm", "mix_kl")
     ]  # fmt: skip
     cells += [
         Cell(f"long-{method}-seed{seed}", f"{LONG} {METHODS[method]} --seed {seed}",
              f"{AUTOATTACK} --n-examples 1000", ("final", "best"))
-        for methods in (("mix_kl", "n_fgsm", "fgsm_rs"), ("mixup", "kl", "t1"), ("pgd_at",))
+        for methods in (("mix_kl", "n_fgsm", "fgsm_rs"), ABLATION, ("pgd_at",))
         for seed in range(3) for method in methods
     ]  # fmt: skip
     cells += [
         Cell(f"short-{method}-seed{seed}", f"{SHORT} {METHODS[method]} --seed {seed}", PGD_CW)
-        for seed in range(2) for method in ("mix_kl", "n_fgsm", "fgsm_rs", "late")
+        for seed in range(2) for method in ("mix_kl", "n_fgsm", "fgsm_rs", "train", "late")
     ]  # fmt: skip
     cells += [Cell(f"fast-mix_kl-seed{seed}", f"{FAST} --seed {seed}", PGD_CW) for seed in range(2)]
     cells += [
         Cell(f"precision-{precision}-seed{seed}",
-             f"{SHORT} --lr-peak 0.4 --train-images 10000 --precision {precision} --seed {seed}",
+             f"{LATE} --train-images 10000 --precision {precision} --seed {seed}",
              f"{PGD_CW} --n-examples 2000")
         for seed in range(3) for precision in ("bf16", "fp32")
     ]  # fmt: skip

@@ -255,7 +255,8 @@ def test_a_step_costs_what_the_readme_says(words, cost):
 def test_every_weight_learns_under_autocast(reference, dtype, batch):
     """Autocast can hand a pass weights that another pass cast without a gradient."""
     model = build_model("PreActResNet18", num_classes=10, width=8)
-    args = flags("--kl-reference", reference, "--epochs", "1", "--batch-size", "32")
+    args = flags("--kl-reference", reference, "--epochs", "1", "--batch-size", "32",
+                 "--kl-warmup", "0")  # fmt: skip
     args.dtype = dtype
     before = {key: value.clone() for key, value in model.named_parameters()}
     build, _ = engine.prepare(model, Batches(*batch), args)
@@ -293,26 +294,11 @@ def test_nothing_in_a_step_waits_for_the_device(words, batch):
     build, _ = engine.prepare(model, batches, args)
     step = build(attack_of(args), 32)
     with Waits() as waits:
-        step(torch.arange(32), torch.ones(5))
+        step(torch.arange(32), torch.ones(6))
     assert waits.seen == []
     with Waits() as waits:  # the planted ones are seen
         torch.ones(1).item(), float(torch.ones(1)), torch.ones(2)[torch.tensor([True, False])]
     assert len(waits.seen) == 3
-
-
-@pytest.mark.parametrize("mode, close", [("eval", True), ("train", False)])
-def test_an_attack_on_running_statistics_begins_with_those_of_a_batch(mode, close, batch):
-    """At 0 and 1 its reference would be another network than the one that is trained."""
-    torch.manual_seed(0)
-    model = build_model("PreActResNet18", num_classes=10, width=8)
-    batches = Batches(*batch)
-    args = flags("--attack-mode", mode, "--batch-size", str(len(batch[0])))
-    engine.prepare(model, batches, args)
-    momenta = {m.momentum for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)}
-    x, _ = batches.load(torch.arange(len(batch[0])))
-    with torch.no_grad():
-        kl = utils.temperature_kl(model.train()(x), model.eval()(x), 2.0)
-    assert momenta == {0.1} and bool(kl < 1e-3) is close
 
 
 def test_only_the_training_pass_records_statistics(batch):

@@ -63,7 +63,7 @@ def losses_of_one_process(data_dir, epochs):
     losses = []
     for epoch in range(1, epochs + 1):
         rng = np.random.default_rng([0, epoch])
-        ((lr, T, T_a, lam, _),) = engine.plan(args, epoch, 1, rng)
+        ((lr, T, T_a, lam, _, ramp),) = engine.plan(args, epoch, 1, rng)
         (order,) = batches.shuffled(rng)
         optimizer.zero_grad()
         shares = []
@@ -72,7 +72,7 @@ def losses_of_one_process(data_dir, epochs):
             x, y = batches.load(order[rank::2])
             loss, _, _ = engine.mix_kl_step(
                 model.train(), None, x, y, lam=torch.tensor(lam), T=T, T_a=T_a, attack=attack,
-                args=args,
+                args=args, ramp=ramp,
             )  # fmt: skip
             (loss / 2).backward()
             shares.append(loss.item())
