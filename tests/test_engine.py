@@ -5,6 +5,7 @@ import csv
 from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import SmallNet, flops
@@ -264,6 +265,19 @@ def test_every_weight_learns_under_autocast(reference, dtype, batch):
     row = engine.train_one_epoch(step, Batches(*batch), resume.Progress(), args)
     assert all(not torch.equal(value, before[key]) for key, value in model.named_parameters())
     assert row["loss"] == pytest.approx(row["hard_loss"] + args.kl_weight * row["kl"], rel=1e-3)
+
+
+def test_the_weight_of_the_kl_term_rises_from_0_over_its_part_of_the_run(batch):
+    args = flags("--epochs", "2", "--batch-size", "32", "--kl-warmup", "0.5", "--kl-weight", "3")
+    model = SmallNet()
+    build, _ = engine.prepare(model, Batches(*batch), args)
+    step = build(attack_of(args), 32)
+    shares = []
+    for epoch in (1, 2):
+        for row in engine.plan(args, epoch, 2, np.random.default_rng(0)):
+            loss, hard, kl = step(torch.arange(32), torch.tensor(row))
+            shares.append(float((loss - hard) / kl))
+    assert shares == pytest.approx([0, 1.5, 3, 3], rel=1e-2, abs=1e-3)
 
 
 class Waits(TorchDispatchMode):

@@ -172,6 +172,8 @@ def test_cosine_and_constant_and_line():
     assert [schedule(t) for t in (0, 0.5, 1)] == pytest.approx([0.1, 0.055, 0.01])
     assert utils.SCHEDULES["constant"](0.1, 0.0, 0.4)(0.7) == 0.1
     assert [utils.line(4, 1)(t) for t in (0, 0.5, 1)] == [4, 2.5, 1]
+    assert [utils.ramp(t, 0.1) for t in (0, 0.05, 0.1, 1)] == [0, 0.5, 1, 1]
+    assert utils.ramp(0, 0) == 1  # no warm-up
 
 
 @pytest.mark.parametrize("mode", ["eval", "train"])
