@@ -138,7 +138,7 @@ def test_rollback_goes_back_to_the_best_epoch_and_on_with_noise(run, capsys):
     shown = capsys.readouterr().out
     assert (
         "rollback 1 of at most 5: epoch 3 has collapsed; back to the end of epoch 2, and on with "
-        "--delta-init noise --alpha 8 (were half, 10)\n"
+        "--delta-init noise --alpha 8/255 (were half, 10/255)\n"
     ) in shown
     assert checkpoint.load(done.folder / "final_model.pth")["epoch"] == 5
     assert done.column("lr")[2] == done.column("lr")[3]  # the schedule goes back as well
