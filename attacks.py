@@ -147,7 +147,7 @@ def craft(
     """Make the images for one training step, from a random start drawn from the global generator.
 
     Args:
-        model: Network in the mode it is trained in.
+        model: Network in the mode that it is attacked in.
         x: (N, C, H, W) images in [0, 1], mixed or not.
         loss: Maps (N, K) logits to the scalar that the attack raises.
         epsilon: Radius of the ball, a pixel fraction.

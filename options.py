@@ -60,10 +60,10 @@ def add_method(parser: Parser) -> None:
         help="T of the KL term: 2, or 4:1 for a line over the run")
     add("--attack-temperature", type=temperatures, metavar="T",
         help="T of the attack (default: that of --temperature)")
-    add("--kl-weight", type=number(0), default=1.0, metavar="W",
-        help="weight of the KL term; 0 is none (default %(default)s)")
-    add("--kl-warmup", type=number(0, 1), default=0.05, metavar="P",
-        help="part of the run over which that weight rises from 0 (default %(default)s)")
+    add("--kl-weight", type=number(0), metavar="W", help="weight of the KL term; 0 is none "
+        "(default: (epsilon / 8)^3, so 1 at 8/255 and 8 at 16/255)")
+    add("--kl-warmup", type=number(0, 1), default=0.0, metavar="P", help="part of the run over "
+        "which that weight rises from 0; --attack-mode eval wants one (default %(default)s)")
     add("--kl-reference", choices=("start", "clean", "ema"), default="start",
         help="KL to the logits of the attack's start, of the unperturbed image, or of the averaged "
         "weights there (default %(default)s)")
@@ -87,9 +87,9 @@ def add_method(parser: Parser) -> None:
         help="start: 0, U(-E, E), +-E/2, or U(-2E, 2E) unprojected (default %(default)s)")
     add("--attack-target", choices=("labels", "clean"), default="labels",
         help="raise the KL to the labels, or to the clean prediction as TRADES does")
-    add("--attack-mode", choices=("eval", "train"), default="eval",
+    add("--attack-mode", choices=("eval", "train"), default="train",
         help="batch norm of the attack and of the reference: running statistics or the batch's "
-        "(default %(default)s)")
+        "(default %(default)s; eval for trades)")
     parser.set_defaults(alpha_ratio=1.0)
 
 
@@ -187,6 +187,8 @@ def parse_training(argv: list[str], doc: str, defaults: dict[str, object]) -> ar
             print(f"note: {flag} has no effect; {replacement} replaces it", file=sys.stderr)
     ratio = vars(args).pop("alpha_ratio")
     args.alpha = args.epsilon * ratio if args.alpha is None else args.alpha
+    if args.kl_weight is None:  # GradAlign's weight grows alike: tenfold from 8/255 to 16/255
+        args.kl_weight = (args.epsilon / 8) ** 3
     args.attack_temperature = args.attack_temperature or args.temperature
     args.method = args.baseline or args.preset or "mix_kl"
     refuse(args)

@@ -30,7 +30,10 @@ LAUNCHERS = (
 # has died is noticed by its closed connection, or by the launcher. At the start they meet sooner.
 PATIENCE, MEETING = timedelta(days=1), timedelta(minutes=10)
 # How gloo, NCCL and the store say that a connection was closed.
-GONE = ("closed by peer", "reset by peer", "remote process", "broken pipe", "connection closed")
+GONE = (
+    "closed by peer", "reset by peer", "remote process", "broken pipe", "connection closed",
+    "likely closed",
+)  # fmt: skip
 
 
 def rank() -> int:
@@ -67,8 +70,9 @@ def start(device_name: str) -> torch.device:
         raise ValueError(
             f"--device {device_name}: each of {count} processes takes a GPU of its own"
         )
-    # A scheduler may show each process its own GPU alone.
-    index = 0 if torch.cuda.device_count() == 1 else local
+    # A scheduler may show each process its own GPU alone; torchrun does not.
+    alone = torch.cuda.device_count() == 1 and "LOCAL_WORLD_SIZE" not in os.environ
+    index = 0 if alone else local
     device = utils.pick_device(f"cuda:{index}" if on_gpu else device_name)
     who = dict(rank=int(mine), world_size=int(count))
     try:

@@ -207,7 +207,8 @@ def check_flags(state: dict[str, object], args: Namespace) -> None:
     Raises:
         ValueError: One of them changes the mathematics, and ``--allow-changed`` is not given.
     """
-    before, now = state["args"], checkpoint.plain(args)
+    before = {"kl_warmup": 0.0} | state["args"]  # older states had none
+    now = checkpoint.plain(args)
     changed = {key: (before.get(key), value) for key, value in now.items() if key not in FREE}
     changed = {key: pair for key, pair in changed.items() if pair[0] != pair[1]}
     names = {"dtype": "precision", "processes": "nproc-per-node of torchrun"}

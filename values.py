@@ -8,7 +8,7 @@ from collections.abc import Callable
 def pixels(text: str) -> float:
     """Return a size in 1/255 from ``8``, ``8/255`` or a fraction of 1 such as ``0.03137``.
 
-    ``0.5`` could be either: it is refused, as all above 64/255 are that have no slash.
+    ``0.5`` could be either: without a slash, what lies between 64/255 and 1 is refused.
     """
     size, slash, scale = text.partition("/")
     value = float(size)

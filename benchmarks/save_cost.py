@@ -50,7 +50,7 @@ def prepared(args, device):
     build, parts = engine.prepare(model, batches, args)
     step = build(attack, data.SIZE)
     index = torch.arange(count, device=device)
-    row = torch.tensor([0.01, 2.0, 2.0, 0.9, 0.001], device=device)
+    row = torch.tensor([0.01, 2.0, 2.0, 0.9, 0.001, 1.0], device=device)
     return model, lambda: step(index, row), parts
 
 

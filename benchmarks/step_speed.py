@@ -98,7 +98,7 @@ def mix_kl(model, images, precision, *flags):
     build, _ = engine.prepare(model, batches, args)
     step = build(attack, data.SIZE)
     index = torch.arange(batch_size, device=device)
-    row = torch.tensor([0.1, 2.0, 2.0, 0.9, 0.001], device=device)
+    row = torch.tensor([0.1, 2.0, 2.0, 0.9, 0.001, 1.0], device=device)  # of engine.plan
     return lambda: step(index, row)
 
 

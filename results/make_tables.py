@@ -23,7 +23,8 @@ PAGES = (HERE.parent / "README.md", HERE / "README.md")
 METHODS = {
     "mix_kl": "MIX-KL", "fgsm_rs": "FGSM-RS", "n_fgsm": "N-FGSM", "mixup": "Mixup alone",
     "kl": "temperature-scaled KL alone", "t1": "MIX-KL, T 1", "pgd_at": "PGD-10 AT",
-    "train": "MIX-KL, attack mode train", "train8": "MIX-KL, attack mode train, KL weight 8",
+    "train": "MIX-KL, KL weight 1", "train8": "MIX-KL, KL weight 8", "eval0": "attack mode eval, no KL term",
+    "eval1": "attack mode eval, KL weight 1",
     "fgsm_rs16": "FGSM-RS, alpha 16",
 }  # fmt: skip
 
@@ -161,7 +162,7 @@ def study(prefix: str, titles: dict[str, str] = METHODS) -> list[str]:
 
 def preset() -> list[str]:
     """Return the table of ``--preset fast`` beside the default recipe."""
-    slow = study("short", {"train": "MIX-KL, attack mode train", "late": "the same, peak at 0.4"})
+    slow = study("short", {"train": "MIX-KL, 15 epochs", "late": "the same, peak at 0.4"})
     return [*slow, *study("fast", {"mix_kl": "`--preset fast`"})[2:]]
 
 
@@ -182,13 +183,16 @@ def rebuilt(text: str) -> str:
     return text
 
 
+LINES = {"fgsm_rs": "tab:red", "n_fgsm": "tab:gray", "train8": "k", "eval0": "tab:blue"}
+
+
 def collapse(path: Path) -> None:
     """Draw held-out PGD-10 accuracy over the long runs at eps 16, one line a seed."""
     figure = plots.figure(9, 3.2)
     columns = {"pgd10_acc": "raw weights", "ema_pgd10_acc": "averaged weights"}
     both = figure.subplots(1, 2, sharey=True)
     for axes, (column, title) in zip(both, columns.items(), strict=True):
-        for method, color in {"fgsm_rs": "tab:red", "n_fgsm": "tab:gray", "train8": "k"}.items():
+        for method, color in LINES.items():
             label = METHODS[method]
             for folder in sorted(HERE.glob(f"long16-{method}-seed*")):
                 rows = [row for row in log_of(folder) if row[column]]

@@ -36,10 +36,12 @@ METHODS = {
     "pgd_at": "--baseline pgd_at",
     "train": "--attack-mode train --kl-warmup 0",
     "train8": "--attack-mode train --kl-warmup 0 --kl-weight 8",
+    "eval0": "--attack-mode eval --kl-weight 0",
+    "eval1": "--attack-mode eval --kl-weight 1 --kl-warmup 0.05",
     "fgsm_rs16": "--baseline fgsm_rs --alpha 16",
     "late": "--attack-mode train --kl-warmup 0 --lr-peak 0.4",
 }
-ABLATION = ("mixup", "kl", "t1", "train")
+ABLATION = ("mixup", "kl", "t1", "eval1")
 LONG = "--width 16 --train-images 4000 --epochs 110 --batch-size 64 --measure-every 10"
 SHORT = "--width 16 --epochs 15 --lr-schedule cyclic --lr 0.2 --measure-every 5"
 LATE = f"{SHORT} {METHODS['late']}"
@@ -75,22 +77,22 @@ def cpu() -> list[Cell]:
     cells += [
         Cell(f"steep15-{method}-seed{seed}", f"{STEEP15} {METHODS[method]} --seed {seed}",
              f"{PGD_CW} --epsilon 16 --n-examples 1000")
-        for seed in range(5) for method in ("mix_kl", "fgsm_rs", "mixup", "train8")
+        for seed in range(5) for method in ("eval0", "fgsm_rs", "eval1", "train8")
     ]  # fmt: skip
     cells += [
         Cell(f"long16-{method}-seed{seed}", f"{LONG16} {METHODS[method]} --seed {seed}",
              f"{PGD_CW} --epsilon 16 --n-examples 1000")
-        for seed in range(5) for method in ("train8", "fgsm_rs", "n_fgsm", "mix_kl")
+        for seed in range(5) for method in ("train8", "fgsm_rs", "n_fgsm", "eval0")
     ]  # fmt: skip
     cells += [
         Cell(f"long-{method}-seed{seed}", f"{LONG} {METHODS[method]} --seed {seed}",
              f"{AUTOATTACK} --n-examples 1000", ("final", "best"))
-        for methods in (("mix_kl", "n_fgsm", "fgsm_rs"), ABLATION, ("pgd_at",))
+        for methods in (("train", "eval0", "n_fgsm", "fgsm_rs"), ABLATION, ("pgd_at",))
         for seed in range(3) for method in methods
     ]  # fmt: skip
     cells += [
         Cell(f"short-{method}-seed{seed}", f"{SHORT} {METHODS[method]} --seed {seed}", PGD_CW)
-        for seed in range(2) for method in ("mix_kl", "n_fgsm", "fgsm_rs", "train", "late")
+        for seed in range(2) for method in ("train", "n_fgsm", "fgsm_rs", "eval0", "late")
     ]  # fmt: skip
     cells += [Cell(f"fast-mix_kl-seed{seed}", f"{FAST} --seed {seed}", PGD_CW) for seed in range(2)]
     cells += [

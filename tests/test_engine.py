@@ -170,7 +170,7 @@ def test_trades_is_its_formula(batch):
 
 @pytest.mark.parametrize("target", ["labels", "clean"])
 def test_the_attack_raises_a_sum_so_that_half_precision_keeps_its_gradient(target, batch):
-    """The loss of a batch of twins is twice that of one of them; as a mean it would not be."""
+    """The loss of eight equal images is eight times that of one; as a mean it would be the same."""
     x, y = batch[0][:1], batch[1][:1]
     losses = []
 
@@ -509,19 +509,19 @@ def test_engine_flags_need_nothing_else(batch):
     assert loss.isfinite()
 
 
-def losses_on_a_gpu(compile_, batch, steps=6):
+def losses_on_a_gpu(compile_, mode, batch, steps=6):
     """Loss terms of some steps of the whole method, from the same weights and random state."""
     x, y = (part.cuda() for part in batch)
     pixels = (x.permute(0, 2, 3, 1) * 255).byte()
     batches = data.TrainingBatches(data.Images(pixels, y), len(y))
-    args = flags("--compile", compile_, "--batch-size", "32", "--attack-mode", "train")
+    args = flags("--compile", compile_, "--batch-size", "32", "--attack-mode", mode)
     torch.manual_seed(0)
     model = build_model("PreActResNet18", num_classes=10, width=8).cuda()
     build, _ = engine.prepare(model, batches, args)
     step = build(attack_of(args), 32)
     torch.manual_seed(1)
     index = torch.arange(32, device="cuda")
-    row = torch.tensor([0.05, 2.0, 2.0, 0.7, 0.1], device="cuda")
+    row = torch.tensor([0.05, 2.0, 2.0, 0.7, 0.1, 1.0], device="cuda")
     step(index, row)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -533,8 +533,9 @@ def losses_on_a_gpu(compile_, batch, steps=6):
 
 @pytest.mark.gpu
 @pytest.mark.skipif("not __import__('torch').cuda.is_available()", reason="needs CUDA")
-def test_the_captured_step_is_the_eager_step_and_neither_waits(batch):
-    eager, captured = (losses_on_a_gpu(compile_, batch) for compile_ in ("off", "on"))
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_the_captured_step_is_the_eager_step_and_neither_waits(mode, batch):
+    eager, captured = (losses_on_a_gpu(compile_, mode, batch) for compile_ in ("off", "on"))
     torch.testing.assert_close(captured, eager, rtol=1e-3, atol=1e-4)
 
 

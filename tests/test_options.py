@@ -125,8 +125,14 @@ def test_baselines_are_settings_that_explicit_flags_override(baseline, alpha, st
     assert (changed.alpha, changed.mixup_alpha) == (5, 0.7)
 
 
-def test_the_method_attacks_on_running_statistics_and_baselines_as_their_authors_do():
-    assert (parse("").attack_mode, parse("--epsilon 16").kl_weight) == ("eval", 1)
+def test_the_weight_of_the_kl_term_grows_with_epsilon_where_no_flag_sets_it():
+    weights = [parse(f"--epsilon {epsilon}").kl_weight for epsilon in ("4", "8/255", "12", "16")]
+    assert weights == pytest.approx([0.125, 1, 3.375, 8])
+    assert parse("--epsilon 16 --kl-weight 1").kl_weight == 1
+    assert parse("--epsilon 16 --baseline n_fgsm").kl_weight == 0
+
+
+def test_baselines_attack_on_the_statistics_that_their_authors_attack_on():
     modes = [parse(f"--baseline {name}").attack_mode for name in presets.BASELINES]
     assert modes == ["train", "train", "train", "train", "eval"]
     assert parse("--baseline n_fgsm --attack-mode eval").attack_mode == "eval"
@@ -137,7 +143,7 @@ def test_a_preset_comes_before_the_script_and_after_baseline_and_explicit_flags(
     assert fast.image_sizes[-1] == 32 and fast.epochs < 15
     assert fast.image_sizes[0] < 32 and parse("").image_sizes == [32]
     assert parse("--preset fast --epochs 5").epochs == 5
-    method = dict(mixup_alpha=0, kl_weight=0, attack_mode="train", image_sizes=[16, 16, 24, 32])
+    method = dict(mixup_alpha=0, kl_weight=0, delta_init="noise", image_sizes=[16, 16, 24, 32])
     run = dict(epochs=13, lr=0.2, lr_schedule="cyclic", lr_peak=0.2, nesterov=True, ema_decay=0.99)
     assert vars(fast) | method | run | dict(crop_padding=1) == vars(parse("--preset fast"))
     assert (fast.method, parse("").method) == ("fast", "mix_kl")  # it names the run's folder

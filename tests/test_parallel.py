@@ -44,6 +44,12 @@ def log(folder):
         return list(csv.DictReader(file))
 
 
+def put(statistics, model):
+    with torch.no_grad():
+        for mine, value in zip(utils.statistics(model), statistics, strict=True):
+            mine.copy_(value)
+
+
 def losses_of_one_process(data_dir, epochs):
     """The same global batch in one process: each share of it normalised by its own statistics."""
     args = options.parse_training([*TINY, "--epochs", str(epochs)], "doc", {})
@@ -66,9 +72,10 @@ def losses_of_one_process(data_dir, epochs):
         ((lr, T, T_a, lam, _, ramp),) = engine.plan(args, epoch, 1, rng)
         (order,) = batches.shuffled(rng)
         optimizer.zero_grad()
-        shares = []
+        begun, ended, shares = [t.clone() for t in utils.statistics(model)], [], []
         for rank in (0, 1):
             torch.set_rng_state(states[rank])
+            put(begun, model)  # each process attacks on statistics of its own
             x, y = batches.load(order[rank::2])
             loss, _, _ = engine.mix_kl_step(
                 model.train(), None, x, y, lam=torch.tensor(lam), T=T, T_a=T_a, attack=attack,
@@ -77,6 +84,8 @@ def losses_of_one_process(data_dir, epochs):
             (loss / 2).backward()
             shares.append(loss.item())
             states[rank] = torch.get_rng_state()
+            ended.append([t.clone() for t in utils.statistics(model)])
+        put([(one + two) / 2 for one, two in zip(*ended, strict=True)], model)  # after the epoch
         optimizer.param_groups[0]["lr"].fill_(lr)
         optimizer.step()
         losses.append(sum(shares) / 2)
