@@ -11,6 +11,7 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from timing import interleaved, parser, show
 
@@ -50,7 +51,7 @@ def prepared(args, device):
     build, parts = engine.prepare(model, batches, args)
     step = build(attack, data.SIZE)
     index = torch.arange(count, device=device)
-    row = torch.tensor([0.01, 2.0, 2.0, 0.9, 0.001, 1.0], device=device)
+    (row,) = torch.tensor(engine.plan(args, 1, 1, np.random.default_rng(0)), device=device)
     return model, lambda: step(index, row), parts
 
 
@@ -62,7 +63,7 @@ def main():
     made.add_argument("--out-dir", type=Path, default=Path(), help="on which disk to save")
     given = made.parse_args()
     device = torch.device(given.device)
-    words = ["--width", str(given.width), "--batch-size", str(given.batch_size)]
+    words = ["--width", str(given.width), "--batch-size", str(given.batch_size), "--lr", "0.01"]
     args = options.parse_training(words, "doc", {})
     args.num_classes, args.dtype = 10, utils.pick_precision("auto", device)
     utils.keep_freed_memory()

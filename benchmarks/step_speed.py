@@ -12,6 +12,7 @@ them a product of large matrices in each precision: the rate that the machine gi
 
 from functools import partial
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from timing import Flops, interleaved, matrix_product, parser, show
@@ -98,7 +99,7 @@ def mix_kl(model, images, precision, *flags):
     build, _ = engine.prepare(model, batches, args)
     step = build(attack, data.SIZE)
     index = torch.arange(batch_size, device=device)
-    row = torch.tensor([0.1, 2.0, 2.0, 0.9, 0.001, 1.0], device=device)  # of engine.plan
+    (row,) = torch.tensor(engine.plan(args, 1, 1, np.random.default_rng(0)), device=device)
     return lambda: step(index, row)
 
 
