@@ -18,11 +18,12 @@ import parallel
 import record
 import resume
 import rollback
+import schedules
 import utils
 
 # (model, images, loss of the logits) -> adversarial images and the detached logits of the start
 Attack = Callable[[nn.Module, Tensor, Callable[[Tensor], Tensor]], tuple[Tensor, Tensor]]
-Step = Callable[[Tensor, Tensor], Tensor]  # indices of images, a row of ``plan`` -> the loss terms
+Step = Callable[[Tensor, Tensor], Tensor]  # indices of images, a row of the plan -> loss terms
 
 
 def mix_kl_step(
@@ -46,20 +47,38 @@ def mix_kl_step(
         x, y = utils.mixup(x, y, lam, args.num_classes)  # x~, y~
     clean = clean_logits(network, x, args)
 
-    def attack_loss(logits: Tensor) -> Tensor:  # KL(y~ || q_Ta) up to the entropy of y~
+    def attack_loss(part: slice, logits: Tensor) -> Tensor:  # KL(y~ || q_Ta), but for H(y~)
         if args.attack_target == "clean":
-            return len(logits) * utils.temperature_kl(logits, clean.detach(), T_a)  # a sum, too
-        return F.cross_entropy(logits / T_a, y, reduction="sum")
+            return len(logits) * utils.temperature_kl(logits, clean[part].detach(), T_a)  # a sum
+        return F.cross_entropy(logits / T_a, y[part], reduction="sum")
 
-    with utils.statistics_held(network, args.attack_mode):
-        x_adv, start = attack(network, x, attack_loss)
+    x_adv, start = attacked(network, x, attack_loss, attack, args.attack_mode)
     logits = model(x_adv).float()
     hard_logits = clean if args.hard_term == "clean" else logits
     hard = F.cross_entropy(hard_logits, y, label_smoothing=args.label_smoothing)
     if args.kl_weight == 0:
         return hard, hard, torch.zeros_like(hard)
-    kl = utils.temperature_kl(logits, reference_logits(start, clean, average, x, args), T)
+    reference = reference_logits(start, clean, average, x, args)
+    kl = utils.temperature_kl(logits[: len(reference)], reference, T)
     return hard + ramp * args.kl_weight * kl, hard, kl
+
+
+def attacked(
+    model: nn.Module, x: Tensor, loss: Callable[[slice, Tensor], Tensor], attack: Attack, mode: str
+) -> tuple[Tensor, Tensor]:
+    """Return the adversarial images, and the logits of their start that the KL term refers to.
+
+    In the mode ``both`` half of the images meet the batch's statistics, the rest the running ones;
+    the logits are those of the first half: the pass that trains uses the batch's statistics, too.
+    """
+    half = (len(x) + 1) // 2 if mode == "both" else len(x)
+    with utils.statistics_held(model, mode):
+        x_adv, start = attack(model, x[:half], partial(loss, slice(half)))
+    if mode == "both":
+        with utils.statistics_held(model, "eval"):
+            rest, _ = attack(model, x[half:], partial(loss, slice(half, None)))
+        x_adv = torch.cat([x_adv, rest])
+    return x_adv, start
 
 
 def clean_logits(model: nn.Module, x: Tensor, args: Namespace) -> Tensor | None:
@@ -129,24 +148,6 @@ def whole_step(
     return step
 
 
-def plan(
-    args: Namespace, epoch: int, steps: int, rng: np.random.Generator
-) -> list[tuple[float, ...]]:
-    """Return what changes from step to step: rows of lr, T, T of the attack, lam, EMA pull, ramp.
-
-    The values depend on flags, epoch and ``rng`` alone, so they are the same in every process.
-    """
-    lr_at = utils.SCHEDULES[args.lr_schedule](args.lr, args.lr_min, args.lr_peak)
-    T_at, T_a_at = utils.line(*args.temperature), utils.line(*args.attack_temperature)
-    lam = utils.draw_lam(args.mixup_alpha, steps, rng).tolist()
-    rows = []
-    for step in range(steps):
-        t, done = (epoch - 1 + step / steps) / args.epochs, (epoch - 1) * steps + step
-        ramp, pull = utils.ramp(t, args.kl_warmup), utils.pull(args.ema_decay, done)
-        rows.append((lr_at(t), T_at(t), T_a_at(t), lam[step], pull, ramp))
-    return rows
-
-
 def train_one_epoch(
     step: Step,
     batches,
@@ -157,7 +158,7 @@ def train_one_epoch(
     """Train over what is left of an epoch and return the row of means for the log."""
     started, epoch = time.perf_counter() - progress.seconds, progress.epoch
     rng = np.random.default_rng([args.seed, epoch])
-    rows = plan(args, epoch, len(batches), rng)
+    rows = schedules.plan(args, epoch, len(batches), rng)
     order = batches.shuffled(rng)
     on_device = torch.tensor(rows, device=order.device)[progress.step :]
     bar = tqdm(
@@ -230,7 +231,7 @@ def current(
     def step_of(progress: resume.Progress) -> Step:
         nonlocal step, made_for
         remedy = rollback.remedy(args, progress.rollbacks)
-        side = utils.stage(args.image_sizes, progress.epoch, args.epochs)
+        side = schedules.stage(args.image_sizes, progress.epoch, args.epochs)
         if made_for != (remedy, side):
             step = None  # a captured one gives its memory back before the next is recorded
             step, made_for = build(attack_of(*remedy), side), (remedy, side)

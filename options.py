@@ -87,9 +87,10 @@ def add_method(parser: Parser) -> None:
         help="start: 0, U(-E, E), +-E/2, or U(-2E, 2E) unprojected (default %(default)s)")
     add("--attack-target", choices=("labels", "clean"), default="labels",
         help="raise the KL to the labels, or to the clean prediction as TRADES does")
-    add("--attack-mode", choices=("eval", "train"), default="train",
-        help="batch norm of the attack and of the reference: running statistics or the batch's "
-        "(default %(default)s; eval for trades)")
+    add("--attack-mode", choices=("eval", "train", "both"), default="both",
+        help="batch norm of the attack: running statistics, the batch's, or half of the images "
+        "each, with the KL to the start on the latter's half (default %(default)s; train for the "
+        "baselines, eval for trades)")
     parser.set_defaults(alpha_ratio=1.0)
 
 

@@ -1,6 +1,9 @@
 """What ``--baseline`` and ``--preset`` stand for: settings of the other flags, not other code."""
 
-PLAIN = dict(mixup_alpha=0.0, temperature=(1.0, 1.0), kl_weight=0.0, label_smoothing=0.0)
+PLAIN = dict(
+    mixup_alpha=0.0, temperature=(1.0, 1.0), kl_weight=0.0, label_smoothing=0.0,
+    attack_mode="train",
+)  # fmt: skip
 # Baselines are settings of the same flags, their authors' choices; alpha_ratio is the default of
 # --alpha over --epsilon.
 BASELINES = {
@@ -18,7 +21,7 @@ PRESETS = {
     "fast": dict(
         epochs=13, image_sizes=[16, 16, 24, 32], crop_padding=1, mixup_alpha=0.0, kl_weight=0.0,
         delta_init="noise", lr_schedule="cyclic", lr=0.2, lr_peak=0.2, nesterov=True,
-        ema_decay=0.99,
+        ema_decay=0.99, attack_mode="train",
     ),
 }  # fmt: skip
 

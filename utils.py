@@ -1,10 +1,9 @@
-"""Mixup, temperature-scaled KL, weight averaging, schedules, seeding and the choice of device."""
+"""Mixup, temperature-scaled KL, weight averaging, seeding and the choice of device."""
 
 import copy
 import ctypes
-import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -117,10 +116,10 @@ def statistics_held(model: nn.Module, mode: str) -> Iterator[None]:
 
     Args:
         model: A network in train mode.
-        mode: ``eval``: batch norm uses the running statistics. ``train``: those of the batch.
+        mode: ``eval``: batch norm uses the running statistics. Else: those of the batch.
     """
     layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    model.train(mode == "train")
+    model.train(mode != "eval")
     for layer in layers:
         layer.track_running_stats = mode == "eval"
     try:
@@ -131,54 +130,7 @@ def statistics_held(model: nn.Module, mode: str) -> Iterator[None]:
         model.train()
 
 
-# ---------------------------------------------------------------------------------------- schedules
-
-Schedule = Callable[[float], float]  # progress of the run in [0, 1] -> value
-
-
-def multistep(lr: float) -> Schedule:
-    """Return lr, a tenth of it from 99/110 of the run on, a hundredth from 104/110 on."""
-    return lambda t: lr * (1 if t < 99 / 110 else 0.1 if t < 104 / 110 else 0.01)
-
-
-def triangular(lr: float, lr_min: float, rise: float) -> Schedule:
-    """Return the line from ``lr_min`` up to ``lr`` at progress ``rise``, and down again."""
-    return lambda t: lr_min + (lr - lr_min) * min(t / rise, (1 - t) / (1 - rise))
-
-
-def cosine(lr: float, lr_min: float) -> Schedule:
-    """Return half a cosine from ``lr`` down to ``lr_min``, arXiv:1608.03983, Eq. 5."""
-    return lambda t: lr_min + (lr - lr_min) * (1 + math.cos(math.pi * t)) / 2
-
-
-def one_cycle(lr: float, lr_min: float, rise: float) -> Schedule:
-    """Return half a cosine from lr/25 up to ``lr``, then one to ``lr_min``, arXiv:1708.07120."""
-    up, down = cosine(lr / 25, lr), cosine(lr, lr_min)
-    return lambda t: up(t / rise) if t < rise else down((t - rise) / (1 - rise))
-
-
-SCHEDULES: dict[str, Callable[[float, float, float], Schedule]] = {
-    "multistep": lambda lr, lr_min, rise: multistep(lr),
-    "cyclic": triangular,
-    "onecycle": one_cycle,
-    "cosine": lambda lr, lr_min, rise: cosine(lr, lr_min),
-    "constant": lambda lr, lr_min, rise: lambda t: lr,
-}
-
-
-def ramp(t: float, until: float) -> float:
-    """Return the line from 0 at the beginning to 1 at progress ``until``, and 1 from there on."""
-    return min(1.0, t / until) if until > 0 else 1.0
-
-
-def line(first: float, last: float) -> Schedule:
-    """Return the line from ``first`` to ``last``: a temperature schedule."""
-    return lambda t: first + (last - first) * t
-
-
-def stage(values: Sequence[int], epoch: int, epochs: int) -> int:
-    """Return the value of an epoch (from 1) of a run that has ``values`` in turn, equally long."""
-    return values[(epoch - 1) * len(values) // epochs]
+# ------------------------------------------------------------------------------------------ images
 
 
 def resized(x: Tensor, side: int) -> Tensor:

@@ -23,6 +23,7 @@ import keeper
 import options
 import record
 import resume
+import schedules
 import utils
 from models import build_model
 
@@ -51,7 +52,7 @@ def prepared(args, device):
     build, parts = engine.prepare(model, batches, args)
     step = build(attack, data.SIZE)
     index = torch.arange(count, device=device)
-    (row,) = torch.tensor(engine.plan(args, 1, 1, np.random.default_rng(0)), device=device)
+    (row,) = torch.tensor(schedules.plan(args, 1, 1, np.random.default_rng(0)), device=device)
     return model, lambda: step(index, row), parts
 
 

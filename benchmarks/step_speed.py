@@ -21,6 +21,7 @@ import attacks
 import data
 import engine
 import options
+import schedules
 import utils
 from models import build_model
 
@@ -99,7 +100,7 @@ def mix_kl(model, images, precision, *flags):
     build, _ = engine.prepare(model, batches, args)
     step = build(attack, data.SIZE)
     index = torch.arange(batch_size, device=device)
-    (row,) = torch.tensor(engine.plan(args, 1, 1, np.random.default_rng(0)), device=device)
+    (row,) = torch.tensor(schedules.plan(args, 1, 1, np.random.default_rng(0)), device=device)
     return lambda: step(index, row)
 
 

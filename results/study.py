@@ -34,6 +34,7 @@ METHODS = {
     "kl": "--mixup-alpha 0",
     "t1": "--temperature 1",
     "pgd_at": "--baseline pgd_at",
+    "both": "--attack-mode both",
     "train": "--attack-mode train --kl-warmup 0",
     "train8": "--attack-mode train --kl-warmup 0 --kl-weight 8",
     "eval0": "--attack-mode eval --kl-weight 0",
@@ -72,27 +73,28 @@ def cpu() -> list[Cell]:
     cells = [
         Cell(f"steep-{method}-seed{seed}", f"{STEEP} {METHODS[method]} --seed {seed}",
              f"{PGD_CW} --epsilon 16 --n-examples 1000")
-        for seed in range(5) for method in ("train8", "fgsm_rs", "n_fgsm", "train", "fgsm_rs16")
+        for seed in range(5)
+        for method in ("both", "train8", "fgsm_rs", "n_fgsm", "train", "fgsm_rs16")
     ]  # fmt: skip
     cells += [
         Cell(f"steep15-{method}-seed{seed}", f"{STEEP15} {METHODS[method]} --seed {seed}",
              f"{PGD_CW} --epsilon 16 --n-examples 1000")
-        for seed in range(5) for method in ("eval0", "fgsm_rs", "eval1", "train8")
+        for seed in range(5) for method in ("both", "fgsm_rs", "eval0", "eval1", "train8")
     ]  # fmt: skip
     cells += [
         Cell(f"long16-{method}-seed{seed}", f"{LONG16} {METHODS[method]} --seed {seed}",
              f"{PGD_CW} --epsilon 16 --n-examples 1000")
-        for seed in range(5) for method in ("train8", "fgsm_rs", "n_fgsm", "eval0")
+        for seed in range(5) for method in ("both", "train8", "fgsm_rs", "n_fgsm", "eval0")
     ]  # fmt: skip
     cells += [
         Cell(f"long-{method}-seed{seed}", f"{LONG} {METHODS[method]} --seed {seed}",
              f"{AUTOATTACK} --n-examples 1000", ("final", "best"))
-        for methods in (("train", "eval0", "n_fgsm", "fgsm_rs"), ABLATION, ("pgd_at",))
+        for methods in (("both", "n_fgsm", "fgsm_rs", "train", "eval0"), ABLATION, ("pgd_at",))
         for seed in range(3) for method in methods
     ]  # fmt: skip
     cells += [
         Cell(f"short-{method}-seed{seed}", f"{SHORT} {METHODS[method]} --seed {seed}", PGD_CW)
-        for seed in range(2) for method in ("train", "n_fgsm", "fgsm_rs", "eval0", "late")
+        for seed in range(2) for method in ("both", "n_fgsm", "fgsm_rs", "train", "eval0", "late")
     ]  # fmt: skip
     cells += [Cell(f"fast-mix_kl-seed{seed}", f"{FAST} --seed {seed}", PGD_CW) for seed in range(2)]
     cells += [

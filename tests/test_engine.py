@@ -18,6 +18,7 @@ import engine
 import options
 import record
 import resume
+import schedules
 import utils
 from models import build_model
 
@@ -141,6 +142,44 @@ def test_the_whole_method_is_its_formula(batch, mode):
     torch.testing.assert_close(loss, hard + 2 * kl)
 
 
+@pytest.mark.parametrize("target", ["labels", "clean"])
+@pytest.mark.parametrize("count", [32, 7, 1])
+def test_both_attacks_half_on_each_statistics_and_compares_the_half_of_the_batchs(
+    batch, count, target
+):
+    x, y = (part[:count] for part in batch)
+    args = flags("--attack-mode", "both", "--mixup-alpha", "1", "--kl-weight", "2",
+                 "--attack-target", target)  # fmt: skip
+    torch.manual_seed(0)
+    model = SmallNet().train()
+    model(batch[0])  # running statistics that are neither those of the start nor of the batch
+    loss, hard, kl = one_step(twin := copy.deepcopy(model), x, y, args)
+
+    torch.manual_seed(0)
+    SmallNet()
+    labels = F.one_hot(y, 10).float()
+    x_, y_ = (LAM * a + (1 - LAM) * a[[-1, *range(count - 1)]] for a in (x, labels))
+    clean = copy.deepcopy(model)(x_).detach() if target == "clean" else None
+    half, images, starts = (count + 1) // 2, [], []
+    for part, mode in ((slice(half), "train"), (slice(half, None), "eval")):
+        start = (x_[part] + torch.empty_like(x_[part]).uniform_(-2 * EPS, 2 * EPS)).clamp(0, 1)
+        logits = copy.deepcopy(model).train(mode == "train")(start.requires_grad_())
+        if target == "clean":
+            q, p = (logits / 2).log_softmax(1), (clean[part] / 2).softmax(1)
+            raised = F.kl_div(q, p, reduction="sum")
+        else:
+            raised = F.cross_entropy(logits / 2, y_[part], reduction="sum")
+        (grad,) = torch.autograd.grad(raised, start)
+        images.append((start + EPS * grad.sign()).clamp(0, 1).detach())
+        starts.append(logits.detach())
+    out = model(torch.cat(images))
+    torch.testing.assert_close(hard, F.cross_entropy(out, y_))
+    torch.testing.assert_close(kl, utils.temperature_kl(out[:half], starts[0], 2.0))
+    torch.testing.assert_close(loss, hard + 2 * kl)
+    for mine, theirs in zip(twin.buffers(), model.buffers(), strict=True):
+        torch.testing.assert_close(mine, theirs)  # the pass that trains recorded, no other
+
+
 def test_trades_is_its_formula(batch):
     x, y = batch
     args = flags("--baseline", "trades")
@@ -233,6 +272,7 @@ def test_a_clean_reference_with_its_own_hard_term_gets_no_gradient_from_the_kl(b
 
 @pytest.mark.parametrize("words, cost", [
     ([], 5),
+    (["--attack-mode", "both"], 5),
     (["--kl-reference", "clean"], 6),
     (["--kl-reference", "ema"], 6),
     (["--baseline", "fgsm_rs"], 5),
@@ -251,13 +291,15 @@ def test_a_step_costs_what_the_readme_says(words, cost):
     assert craft / forward == pytest.approx(2, rel=0.01)
 
 
-@pytest.mark.parametrize("reference", ["start", "clean", "ema"])
+@pytest.mark.parametrize("reference, mode", [
+    ("start", "eval"), ("clean", "eval"), ("ema", "eval"), ("start", "both"), ("clean", "both"),
+])  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_every_weight_learns_under_autocast(reference, dtype, batch):
+def test_every_weight_learns_under_autocast(reference, mode, dtype, batch):
     """Autocast can hand a pass weights that another pass cast without a gradient."""
     model = build_model("PreActResNet18", num_classes=10, width=8)
     args = flags("--kl-reference", reference, "--epochs", "1", "--batch-size", "32",
-                 "--kl-warmup", "0")  # fmt: skip
+                 "--attack-mode", mode)  # fmt: skip
     args.dtype = dtype
     before = {key: value.clone() for key, value in model.named_parameters()}
     build, _ = engine.prepare(model, Batches(*batch), args)
@@ -274,7 +316,7 @@ def test_the_weight_of_the_kl_term_rises_from_0_over_its_part_of_the_run(batch):
     step = build(attack_of(args), 32)
     shares = []
     for epoch in (1, 2):
-        for row in engine.plan(args, epoch, 2, np.random.default_rng(0)):
+        for row in schedules.plan(args, epoch, 2, np.random.default_rng(0)):
             loss, hard, kl = step(torch.arange(32), torch.tensor(row))
             shares.append(float((loss - hard) / kl))
     assert shares == pytest.approx([0, 1.5, 3, 3], rel=1e-2, abs=1e-3)
@@ -298,7 +340,9 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("words", [[], ["--kl-reference", "ema"], ["--baseline", "trades"]])
+@pytest.mark.parametrize("words", [
+    [], ["--attack-mode", "both"], ["--kl-reference", "ema"], ["--baseline", "trades"],
+])  # fmt: skip
 def test_nothing_in_a_step_waits_for_the_device(words, batch):
     model = build_model("PreActResNet18", num_classes=10, width=8)
     args = flags(*words, "--batch-size", "32")
@@ -533,7 +577,7 @@ def losses_on_a_gpu(compile_, mode, batch, steps=6):
 
 @pytest.mark.gpu
 @pytest.mark.skipif("not __import__('torch').cuda.is_available()", reason="needs CUDA")
-@pytest.mark.parametrize("mode", ["eval", "train"])
+@pytest.mark.parametrize("mode", ["eval", "train", "both"])
 def test_the_captured_step_is_the_eager_step_and_neither_waits(mode, batch):
     eager, captured = (losses_on_a_gpu(compile_, mode, batch) for compile_ in ("off", "on"))
     torch.testing.assert_close(captured, eager, rtol=1e-3, atol=1e-4)

@@ -28,6 +28,7 @@ LOCAL = {
     "export",
     "pictures",
     "referee",
+    "schedules",
     "synthetic",
     "values",
     "files",
@@ -36,7 +37,7 @@ LOCAL = {
     "rollback",
 }
 MAY_IMPORT = {
-    "engine": {"utils", "graph", "keeper", "parallel", "record", "resume", "rollback"},
+    "engine": {"utils", "graph", "keeper", "parallel", "record", "resume", "rollback", "schedules"},
     "evaluation": {"attacks", "auto_attack", "parallel"},
     "attacks": set(),
     "utils": set(),
@@ -70,6 +71,7 @@ MAY_IMPORT = {
     "report": {"files"},
     "resume": {"checkpoint", "files", "parallel", "reading", "utils"},
     "rollback": {"resume"},
+    "schedules": {"utils"},
     "synthetic": set(),
     "values": set(),
 }
@@ -100,6 +102,7 @@ THIRD_PARTY = {
     "resume": {"torch", "numpy"},
     "report": {"torch", "numpy"},
     "rollback": {"torch"},
+    "schedules": {"numpy"},
 }
 KNOWN = {"torch", "numpy", "torchvision", "matplotlib", "tqdm", "scipy"}
 SCRIPTS = ["MIX_KL_CIFAR10.py", "MIX_KL_CIFAR100.py", "test_cifar10.py", "test_cifar100.py"]

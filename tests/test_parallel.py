@@ -23,6 +23,7 @@ import data
 import engine
 import options
 import parallel
+import schedules
 import utils
 from models import build_model
 
@@ -69,7 +70,7 @@ def losses_of_one_process(data_dir, epochs):
     losses = []
     for epoch in range(1, epochs + 1):
         rng = np.random.default_rng([0, epoch])
-        ((lr, T, T_a, lam, _, ramp),) = engine.plan(args, epoch, 1, rng)
+        ((lr, T, T_a, lam, _, ramp),) = schedules.plan(args, epoch, 1, rng)
         (order,) = batches.shuffled(rng)
         optimizer.zero_grad()
         begun, ended, shares = [t.clone() for t in utils.statistics(model)], [], []
