@@ -60,8 +60,8 @@ def add_method(parser: Parser) -> None:
         help="T of the KL term: 2, or 4:1 for a line over the run")
     add("--attack-temperature", type=temperatures, metavar="T",
         help="T of the attack (default: that of --temperature)")
-    add("--kl-weight", type=number(0), metavar="W", help="weight of the KL term; 0 is none "
-        "(default: (epsilon / 8)^3, so 1 at 8/255 and 8 at 16/255)")
+    add("--kl-weight", type=number(0), default=1.0, metavar="W",
+        help="weight of the KL term; 0 is none (default %(default)s)")
     add("--kl-warmup", type=number(0, 1), default=0.0, metavar="P", help="part of the run over "
         "which that weight rises from 0; --attack-mode eval wants one (default %(default)s)")
     add("--kl-reference", choices=("start", "clean", "ema"), default="start",
@@ -188,8 +188,6 @@ def parse_training(argv: list[str], doc: str, defaults: dict[str, object]) -> ar
             print(f"note: {flag} has no effect; {replacement} replaces it", file=sys.stderr)
     ratio = vars(args).pop("alpha_ratio")
     args.alpha = args.epsilon * ratio if args.alpha is None else args.alpha
-    if args.kl_weight is None:  # GradAlign's weight grows alike: tenfold from 8/255 to 16/255
-        args.kl_weight = (args.epsilon / 8) ** 3
     args.attack_temperature = args.attack_temperature or args.temperature
     args.method = args.baseline or args.preset or "mix_kl"
     refuse(args)

@@ -125,17 +125,11 @@ def test_baselines_are_settings_that_explicit_flags_override(baseline, alpha, st
     assert (changed.alpha, changed.mixup_alpha) == (5, 0.7)
 
 
-def test_the_weight_of_the_kl_term_grows_with_epsilon_where_no_flag_sets_it():
-    weights = [parse(f"--epsilon {epsilon}").kl_weight for epsilon in ("4", "8/255", "12", "16")]
-    assert weights == pytest.approx([0.125, 1, 3.375, 8])
-    assert parse("--epsilon 16 --kl-weight 1").kl_weight == 1
-    assert parse("--epsilon 16 --baseline n_fgsm").kl_weight == 0
-
-
 def test_baselines_attack_on_the_statistics_that_their_authors_attack_on():
     modes = [parse(f"--baseline {name}").attack_mode for name in presets.BASELINES]
     assert modes == ["train", "train", "train", "train", "eval"]
     assert parse("--baseline n_fgsm --attack-mode eval").attack_mode == "eval"
+    assert parse("").attack_mode == "both" and parse("--preset fast").attack_mode == "train"
 
 
 def test_a_preset_comes_before_the_script_and_after_baseline_and_explicit_flags():
