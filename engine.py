@@ -49,7 +49,7 @@ def mix_kl_step(
 
     def attack_loss(part: slice, logits: Tensor) -> Tensor:  # KL(y~ || q_Ta), but for H(y~)
         if args.attack_target == "clean":
-            return len(logits) * utils.temperature_kl(logits, clean[part].detach(), T_a)  # a sum
+            return len(logits) * utils.temperature_kl(logits, clean.detach(), T_a)  # a sum, too
         return F.cross_entropy(logits / T_a, y[part], reduction="sum")
 
     x_adv, start = attacked(network, x, attack_loss, attack, args.attack_mode)

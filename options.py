@@ -89,8 +89,8 @@ def add_method(parser: Parser) -> None:
         help="raise the KL to the labels, or to the clean prediction as TRADES does")
     add("--attack-mode", choices=("eval", "train", "both"), default="both",
         help="batch norm of the attack: running statistics, the batch's, or half of the images "
-        "each, with the KL to the start on the latter's half (default %(default)s; train for the "
-        "baselines, eval for trades)")
+        "each, with the KL to the start on the latter's half (default %(default)s; train for "
+        "--preset fast and the baselines, eval for trades)")
     parser.set_defaults(alpha_ratio=1.0)
 
 
@@ -205,6 +205,8 @@ def refuse(args: argparse.Namespace) -> None:
          "--hard-term clean: with --kl-weight 0 no adversarial image is trained on"),
         (args.attack_target == "clean" and args.delta_init == "zero",
          "--attack-target clean: its gradient is 0 there; choose a --delta-init"),
+        (args.attack_target == "clean" and args.attack_mode == "both",
+         "--attack-target clean: its prediction is made once; choose --attack-mode eval or train"),
         (args.factor is not None and args.label_smoothing > 0,
          "--factor: sets --label-smoothing; give one of them"),
         (args.image_sizes[-1] != 32,

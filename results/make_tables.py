@@ -57,7 +57,9 @@ def short() -> list[str]:
             found, rows = json.loads((folder / "report.json").read_text()), log_of(folder)
             if method == "mix_kl":
                 args = json.loads((folder / "args.json").read_text())
-                title += f" (KL weight {args['kl_weight']:g}, start `{args['delta_init']}`)"
+                mode = args.get("attack_mode", "train")
+                title += f" (attack mode {mode}, KL weight {args['kl_weight']:g}, "
+                title += f"start `{args['delta_init']}`)"
             cells = [counted(row) for row in found["attacks"]]
             cells.append(counted(found["worst_case"] | {"n": found["n"]}))
             collapses = sum(int(row["collapse"]) for row in rows)
@@ -164,7 +166,9 @@ def study(prefix: str, titles: dict[str, str] = METHODS) -> list[str]:
 
 def preset() -> list[str]:
     """Return the table of ``--preset fast`` beside the default recipe."""
-    slow = study("short", {"train": "MIX-KL, 15 epochs", "late": "the same, peak at 0.4"})
+    slow = study(
+        "short", {"train": "MIX-KL, attack mode train, 15 epochs", "late": "the same, peak at 0.4"}
+    )
     return [*slow, *study("fast", {"mix_kl": "`--preset fast`"})[2:]]
 
 
