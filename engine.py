@@ -211,7 +211,8 @@ def prepare(
             replica, average, optimizer, batches.load, scaler, attack=attack, side=side, args=args
         )
         if alone_on_gpu and args.compile != "off":
-            example = torch.arange(args.batch_size, device=device), torch.ones(6, device=device)
+            with device:
+                example = torch.arange(args.batch_size), torch.ones(len(schedules.COLUMNS))
             untouched = scaler.state_dict()
             step = graph.captured(step, example, parts.tensors())
             scaler.load_state_dict(untouched)

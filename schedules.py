@@ -9,6 +9,7 @@ import numpy as np
 import utils
 
 Schedule = Callable[[float], float]  # progress of the run in [0, 1] -> value
+COLUMNS = ("lr", "T", "T_a", "lam", "pull", "ramp")  # of the plan
 
 
 def multistep(lr: float) -> Schedule:
@@ -59,9 +60,11 @@ def stage(values: Sequence[int], epoch: int, epochs: int) -> int:
 def plan(
     args: Namespace, epoch: int, steps: int, rng: np.random.Generator
 ) -> list[tuple[float, ...]]:
-    """Return what changes from step to step: rows of lr, T, T of the attack, lam, EMA pull, ramp.
+    """Return what changes from step to step, a row of ``COLUMNS`` each.
 
-    The values depend on flags, epoch and ``rng`` alone, so they are the same in every process.
+    They are the learning rate, the temperatures of the KL term and of the attack, the weight of an
+    image in its mixture, the pull of the weight average and the share of ``--kl-weight``: the same
+    in every process, since flags, epoch and ``rng`` alone decide.
     """
     lr_at = SCHEDULES[args.lr_schedule](args.lr, args.lr_min, args.lr_peak)
     T_at, T_a_at = line(*args.temperature), line(*args.attack_temperature)
