@@ -118,10 +118,7 @@ def whole_step(
     side: int,
     args: Namespace,
 ) -> Step:
-    """Return one training step on images of ``side`` pixels.
-
-    Nothing in the step waits for the device, so that a CUDA graph can hold it.
-    """
+    """Return one step on images of ``side`` pixels; it never waits, so a CUDA graph can hold it."""
     (group,) = optimizer.param_groups
 
     def step(index: Tensor, row: Tensor) -> Tensor:
