@@ -23,7 +23,7 @@ PAGES = (HERE.parent / "README.md", HERE / "README.md")
 METHODS = {
     "mix_kl": "MIX-KL", "fgsm_rs": "FGSM-RS", "n_fgsm": "N-FGSM", "mixup": "Mixup alone",
     "kl": "temperature-scaled KL alone", "t1": "MIX-KL, T 1", "pgd_at": "PGD-10 AT",
-    "both": "MIX-KL", "both8": "MIX-KL, KL weight 8",
+    "both": "MIX-KL",
     "train": "MIX-KL, attack mode train, KL weight 1",
     "train8": "MIX-KL, attack mode train, KL weight 8",
     "eval0": "Mixup, attack mode eval, no KL", "eval1": "MIX-KL, attack mode eval, KL weight 1",

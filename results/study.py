@@ -35,7 +35,6 @@ METHODS = {
     "t1": "--temperature 1",
     "pgd_at": "--baseline pgd_at",
     "both": "--attack-mode both --kl-weight 1",
-    "both8": "--attack-mode both --kl-weight 8",
     "train": "--attack-mode train --kl-warmup 0",
     "train8": "--attack-mode train --kl-warmup 0 --kl-weight 8",
     "eval0": "--attack-mode eval --kl-weight 0",
