@@ -23,6 +23,7 @@ from pathlib import Path
 import shrink
 
 import checkpoint
+from report import verdict_file
 
 HERE = Path(__file__).resolve().parent
 
@@ -34,6 +35,8 @@ METHODS = {
     "kl": "--mixup-alpha 0",
     "t1": "--temperature 1",
     "pgd_at": "--baseline pgd_at",
+    "rs_both": "--baseline fgsm_rs --attack-mode both",
+    "n_both": "--baseline n_fgsm --attack-mode both",
     "both": "--attack-mode both --kl-weight 1",
     "train": "--attack-mode train --kl-warmup 0",
     "train8": "--attack-mode train --kl-warmup 0 --kl-weight 8",
@@ -51,6 +54,7 @@ STEEP = (
     "--width 16 --train-images 25000 --epochs 6 --lr-schedule cyclic --lr 0.2 --lr-peak 0.1 "
     "--epsilon 16"
 )
+STEEP15_PARTS = ("rs_both", "n_both", "eval0", "eval1", "train8")
 STEEP15 = f"{STEEP} --epochs 15 --on-collapse stop"  # a dead network is not trained further
 LONG16 = f"{LONG} --measure-every 5 --epsilon 16"
 AUTOATTACK = "--attacks clean pgd-50-10 cw-50 autoattack"
@@ -66,6 +70,7 @@ class Cell:
     measure: str  # flags of the measuring script
     files: tuple[str, ...] = ("final",)  # which checkpoints are measured
     classes: int = 10
+    autoattack: str = ""  # flags of a second, longer measurement, where there is one
 
 
 def cpu() -> list[Cell]:
@@ -79,7 +84,7 @@ def cpu() -> list[Cell]:
     cells += [
         Cell(f"steep15-{method}-seed{seed}", f"{STEEP15} {METHODS[method]} --seed {seed}",
              f"{PGD_CW} --epsilon 16 --n-examples 1000")
-        for seed in range(5) for method in ("both", "fgsm_rs", "eval0", "eval1", "train8")
+        for seed in range(5) for method in ("both", "fgsm_rs", "n_fgsm", *STEEP15_PARTS)
     ]  # fmt: skip
     cells += [
         Cell(f"long16-{method}-seed{seed}", f"{LONG16} {METHODS[method]} --seed {seed}",
@@ -88,7 +93,8 @@ def cpu() -> list[Cell]:
     ]  # fmt: skip
     cells += [
         Cell(f"long-{method}-seed{seed}", f"{LONG} {METHODS[method]} --seed {seed}",
-             f"{AUTOATTACK} --n-examples 1000", ("final", "best"))
+             f"{PGD_CW} --n-examples 2000", ("final", "best"),
+             autoattack=f"{AUTOATTACK} --n-examples 1000")
         for methods in (("both", "n_fgsm", "fgsm_rs", "train", "eval0"), ABLATION, ("pgd_at",))
         for seed in range(3) for method in methods
     ]  # fmt: skip
@@ -172,8 +178,14 @@ def carry_out(cell: Cell, args: argparse.Namespace, deadline: float) -> None:
         subprocess.CalledProcessError: A script failed; the cell's console.txt says why.
     """
     folder, kept = HERE.parent / args.out_dir / cell.name, args.results_dir / cell.name
-    reports = {file: kept / f"{file}_model-report.json" for file in cell.files}
-    if all(report.exists() for report in reports.values()):
+    measurements = {"report": cell.measure, "autoattack": cell.autoattack}
+    if not cell.autoattack or args.until == "report":
+        del measurements["autoattack"]
+    reports = {
+        kept / f"{file}_model-{kind}.json": (kept / f"{file}_model.pth", flags)
+        for kind, flags in measurements.items() for file in cell.files
+    }  # fmt: skip
+    if all(report.exists() for report in reports):
         return  # done, even where the weights were thought not worth keeping
     folder.mkdir(parents=True, exist_ok=True)
     shared = ["--data-dir", str(args.data_dir), "--device", args.device]
@@ -184,21 +196,21 @@ def carry_out(cell: Cell, args: argparse.Namespace, deadline: float) -> None:
         words += ["--out-dir", str(args.out_dir), *shared]
         call(words, folder / "console.txt", deadline)
         keep(folder, kept, cell.files)
-    if args.train_only:
+    if args.until == "train":
         return
-    for file, report in reports.items():
-        path = kept / f"{file}_model.pth"
+    for report, (path, flags) in reports.items():
         if report.exists():
             continue
-        if not path.exists():  # the best epoch is the last one
-            shutil.copy(kept / "final_model-report.json", report)
-            continue
-        words = [f"test_cifar10{data}.py", "--model-path", os.path.relpath(path, HERE.parent)]
-        words += [*shlex.split(cell.measure), *shlex.split(args.measure_flags)]
-        words += ["--out-dir", str(args.out_dir / cell.name), *shared]
-        written = folder / f"{cell.name}-{report.name}"
-        written.unlink(missing_ok=True)  # of an earlier measurement: the new one would be numbered
-        call(words, kept / "console.txt", deadline)
+        if path.exists():
+            words = [f"test_cifar10{data}.py", "--model-path", os.path.relpath(path, HERE.parent)]
+            words += [*shlex.split(flags), *shlex.split(args.measure_flags)]
+            words += ["--out-dir", str(args.out_dir / cell.name), *shared]
+            written = folder / f"{cell.name}-{path.stem}-report.json"
+            written.unlink(missing_ok=True)  # of another measurement: the new would be numbered
+            call(words, kept / "console.txt", deadline)
+        else:  # the best epoch is the last one
+            written = Path(str(report).replace("best", "final"))
+        shutil.copy(verdict_file(written), verdict_file(report))
         shutil.copy(written, report)
 
 
@@ -236,7 +248,10 @@ def main() -> None:
     parser.add_argument("--results-dir", type=Path, default=HERE)
     parser.add_argument("--data-dir", type=Path, default=Path("cifar-data"))
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--train-only", action="store_true", help="leave measuring to another call")
+    parser.add_argument(
+        "--until", choices=["train", "report", "autoattack"], default="autoattack",
+        help="leave what comes after it to another call (default: do all)",
+    )  # fmt: skip
     parser.add_argument("--train-flags", default="", help="more flags of every training")
     parser.add_argument("--measure-flags", default="", help="more flags of every measurement")
     args = parser.parse_args()

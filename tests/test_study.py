@@ -26,7 +26,13 @@ def run(study, tmp_path, monkeypatch, capsys):
     data_dir = write_archive(tmp_path / "data", 10)
     train = "--width 8 --epochs 2 --batch-size 20 --held-out 20 --train-images 100"
     cells = [
-        study.Cell("tiny-mix_kl-seed0", train, "--attacks clean pgd-2", ("final", "best")),
+        study.Cell(
+            "tiny-mix_kl-seed0",
+            train,
+            "--attacks clean pgd-2",
+            ("final", "best"),
+            autoattack="--attacks clean pgd-3 --n-examples 30",  # the real one takes minutes
+        ),
         study.Cell("tiny-broken-seed0", "--epochs 0", "--attacks clean"),
     ]
     monkeypatch.setitem(study.SCALES, "tiny", lambda: cells)
@@ -51,7 +57,7 @@ def test_a_study_that_is_cut_off_goes_on_and_keeps_each_cell_once(run, study, tm
     assert not (tmp_path / "results").exists()
 
     folder, kept = (tmp_path / name / "tiny-mix_kl-seed0" for name in ("out", "results"))
-    status, _ = run("--only", "*mix_kl*", "--train-only")
+    status, _ = run("--only", "*mix_kl*", "--until", "train")
     names = {"args.json", "console.txt", "curves.png", "log.csv", "final_model.pth"}
     assert status == 0 and names <= {path.name for path in kept.iterdir()}
     assert not list(kept.glob("*report.json"))
@@ -68,13 +74,16 @@ def test_a_study_that_is_cut_off_goes_on_and_keeps_each_cell_once(run, study, tm
     assert status == "failed: tiny-broken-seed0" and "failed with status 2" in out
     console = tmp_path / "out" / "tiny-broken-seed0" / "console.txt"
     assert "outside [1, 2147483647]" in console.read_text()
-    reports = {"final_model-report.json", "best_model-report.json"}
-    assert {path.name for path in kept.iterdir()} == names | reports
+    reports = {f"{file}_model-report" for file in ("final", "best")}
+    kinds = reports | {f"{file}_model-autoattack" for file in ("final", "best")}
+    measured = {f"{kind}{end}" for kind in kinds for end in (".json", "-verdicts.npz")}
+    assert {path.name for path in kept.iterdir()} == names | measured
     assert checkpoint.load(kept / "final_model.pth")["width"] == 8
     console = (kept / "console.txt").read_text()
-    assert console.count("$ python3 test_cifar10.py") == 1  # the best epoch is the last one
-    first, second = (json.loads((kept / name).read_text()) for name in sorted(reports))
+    assert console.count("$ python3 test_cifar10.py") == 2  # the best epoch is the last one
+    first, second = (json.loads((kept / f"{name}.json").read_text()) for name in sorted(reports))
     assert first == second
+    assert json.loads((kept / "best_model-autoattack.json").read_text())["n"] == 30
     assert first["sha256"] == checkpoint.sha256(kept / "final_model.pth")
 
     (kept / "final_model-report.json").unlink()  # to be measured again, on other images
@@ -95,4 +104,5 @@ def test_every_cell_of_the_study_has_flags_that_its_scripts_take(study):
         assert len({cell.name for cell in cells}) == len(cells)
         for cell in cells:
             options.parse_training(cell.train.split(), "", MIX_KL_CIFAR10.DEFAULTS)
-            options.parse_measuring(["--model-path", "x", *cell.measure.split()], "")
+            for flags in filter(None, (cell.measure, cell.autoattack)):
+                options.parse_measuring(["--model-path", "x", *flags.split()], "")
