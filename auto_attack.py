@@ -175,7 +175,8 @@ def attack(
     journal = Journal(folder and journal_path(folder, model, x, y, name, settings))
     standing, counts, seconds, passes = upright.clone(), {}, 0.0, 0
     for part in parts:
-        batches = standing.nonzero().squeeze(1).split(batch_size)
+        left = standing.nonzero().squeeze(1)
+        batches = left.split(batch_size) if len(left) else ()  # split would give an empty batch
         mine = range(parallel.rank(), len(batches), parallel.size())
         after = standing.long()
         hidden = None if progress and not parallel.rank() else True

@@ -4,6 +4,7 @@ import platform
 import subprocess
 from argparse import Namespace
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -57,7 +58,7 @@ def save(path: Path, content: dict[str, object]) -> None:
     files.write(path, lambda file: torch.save({"schema": SCHEMA} | content, file))
 
 
-class Diverged(ValueError):  # noqa: N818
+class DivergedError(ValueError):
     """Weights that are not finite: a training that had diverged wrote them."""
 
     exit_code = 3
@@ -120,7 +121,7 @@ def load_weights(
 
     Raises:
         ValueError: The set is not there or does not fit the network.
-        Diverged: It is not finite.
+        DivergedError: It is not finite.
     """
     weights = weights or saved["selected"]
     if weights not in saved:
@@ -143,11 +144,13 @@ def load_weights(
 
 
 def refuse_infinite(state: dict[str, Tensor], path: Path) -> None:
-    """Raise ``Diverged`` where a tensor is not finite, without a copy of it."""
+    """Raise ``DivergedError`` where a tensor is not finite, without a copy of it."""
     for key, value in state.items():
         ends = value.aminmax() if value.numel() and not value.is_meta else ()
         if not all(end.isfinite() for end in ends):
-            raise Diverged(f"{path}: {reading.brief(key)} is not finite; the training had diverged")
+            raise DivergedError(
+                f"{path}: {reading.brief(key)} is not finite; the training had diverged"
+            )
 
 
 def build(
@@ -169,7 +172,7 @@ def build(
 
     Raises:
         ValueError: The file names an unknown network, or one that its weights do not fit.
-        Diverged: They are not finite.
+        DivergedError: They are not finite.
     """
     try:
         with torch.device("meta"):  # shapes without memory
@@ -246,7 +249,7 @@ def facts(
     versions = {"torch": str(torch.__version__), "python": platform.python_version()}
     return network | {
         "model": name, "width": args.width, "dataset": dataset, "args": plain(args),
-        "versions": versions, "commit": commit(),
+        "versions": versions,
     }  # fmt: skip
 
 
@@ -256,8 +259,12 @@ def plain(args: Namespace) -> dict[str, object]:
     return {key: v if isinstance(v, kept) else str(v) for key, v in sorted(vars(args).items())}
 
 
+@cache
 def commit() -> str:
-    """Return the git revision of this code (``-dirty`` where files differ), or ``unknown``."""
+    """Return the git revision of this code (``-dirty`` where files differ), or ``unknown``.
+
+    What it was at the first call, which is what runs.
+    """
     try:
         done = subprocess.run(
             ["git", "describe", "--always", "--abbrev=12", "--dirty", "--exclude=*"],

@@ -172,7 +172,10 @@ def _large_epsilon(model: nn.Module, x: Tensor, y: Tensor) -> str | None:
 def of_the_rows(rows: list[dict[str, object]]) -> list[str]:
     """Compare the attacks of one report with each other and return the warnings."""
     accuracy = {row["attack"]: row["accuracy"] for row in rows}
-    pgd = {row["steps"]: row["accuracy"] for row in rows if row["attack"].startswith("pgd")}
+    pgd = {  # by restarts and steps
+        (row["restarts"], row["steps"]): row["accuracy"]
+        for row in rows if row["attack"].startswith("pgd")
+    }  # fmt: skip
     strong = {
         name: value for name, value in accuracy.items() if name.startswith(("cw", "autoattack"))
     }
@@ -184,12 +187,11 @@ def of_the_rows(rows: list[dict[str, object]]) -> list[str]:
                 f"CE-PGD leaves {min(pgd.values()):.1%}, {name} only {least:.1%}. Usually logits "
                 "that flatten the cross-entropy (temperature, smoothing): PGD flatters this network"
             )
-    steps = sorted(pgd)
-    for fewer, more in pairwise(steps):
-        if pgd[more] > pgd[fewer] + NOISE:
+    for fewer, more in pairwise(sorted(pgd)):
+        if fewer[0] == more[0] and pgd[more] > pgd[fewer] + NOISE:
             found.append(
-                f"accuracy rises from {pgd[fewer]:.1%} to {pgd[more]:.1%} from PGD-{fewer} to "
-                f"PGD-{more}. Usually masked gradients, or a random network"
+                f"accuracy rises from {pgd[fewer]:.1%} to {pgd[more]:.1%} from PGD-{fewer[1]} to "
+                f"PGD-{more[1]}. Usually masked gradients, or a random network"
             )
     if pgd and accuracy.get("fgsm", 1.0) < min(pgd.values()) - NOISE:
         found.append(
@@ -201,7 +203,7 @@ def of_the_rows(rows: list[dict[str, object]]) -> list[str]:
 
 
 def _black_box(
-    rows: list[dict[str, object]], accuracy: dict[str, float], pgd: dict[int, float]
+    rows: list[dict[str, object]], accuracy: dict[str, float], pgd: dict[tuple[int, int], float]
 ) -> list[str]:
     found = []
     for name in ("transfer", "square"):

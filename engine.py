@@ -45,14 +45,8 @@ def mix_kl_step(
     network = parallel.unwrapped(model)  # no process waits for another in the attack
     if args.mixup_alpha > 0:
         x, y = utils.mixup(x, y, lam, args.num_classes)  # x~, y~
+    x_adv, start = attacked(network, x, y, T_a, attack, args)
     clean = clean_logits(network, x, args)
-
-    def attack_loss(part: slice, logits: Tensor) -> Tensor:  # KL(y~ || q_Ta), but for H(y~)
-        if args.attack_target == "clean":
-            return len(logits) * utils.temperature_kl(logits, clean.detach(), T_a)  # a sum, too
-        return F.cross_entropy(logits / T_a, y[part], reduction="sum")
-
-    x_adv, start = attacked(network, x, attack_loss, attack, args.attack_mode)
     logits = model(x_adv).float()
     hard_logits = clean if args.hard_term == "clean" else logits
     hard = F.cross_entropy(hard_logits, y, label_smoothing=args.label_smoothing)
@@ -64,27 +58,36 @@ def mix_kl_step(
 
 
 def attacked(
-    model: nn.Module, x: Tensor, loss: Callable[[slice, Tensor], Tensor], attack: Attack, mode: str
+    model: nn.Module, x: Tensor, y: Tensor, T_a: Tensor, attack: Attack, args: Namespace
 ) -> tuple[Tensor, Tensor]:
     """Return the adversarial images, and the logits of their start that the KL term refers to.
 
     In the mode ``both`` half of the images meet the batch's statistics, the rest the running ones;
     the logits are those of the first half: the pass that trains uses the batch's statistics, too.
     """
-    half = (len(x) + 1) // 2 if mode == "both" else len(x)
-    with utils.statistics_held(model, mode):
-        x_adv, start = attack(model, x[:half], partial(loss, slice(half)))
-    if mode == "both":
-        with utils.statistics_held(model, "eval"):
-            rest, _ = attack(model, x[half:], partial(loss, slice(half, None)))
-        x_adv = torch.cat([x_adv, rest])
-    return x_adv, start
+
+    def crafted(part: slice, mode: str) -> tuple[Tensor, Tensor]:
+        with utils.statistics_held(model, mode):
+            with torch.no_grad():
+                target = model(x[part]).float() if args.attack_target == "clean" else None
+
+            def loss(logits: Tensor) -> Tensor:  # a sum: half precision keeps its gradient
+                if target is not None:
+                    return len(logits) * utils.temperature_kl(logits, target, T_a)
+                return F.cross_entropy(logits / T_a, y[part], reduction="sum")  # KL, but for H(y~)
+
+            return attack(model, x[part], loss)
+
+    if args.attack_mode != "both":
+        return crafted(slice(None), args.attack_mode)
+    half = (len(x) + 1) // 2
+    x_adv, start = crafted(slice(half), "train")
+    return torch.cat([x_adv, crafted(slice(half, None), "eval")[0]]), start
 
 
 def clean_logits(model: nn.Module, x: Tensor, args: Namespace) -> Tensor | None:
     """Return f(x~) where some term asks for it, with a gradient only where one is wanted."""
-    as_reference = args.kl_reference == "clean" and args.kl_weight > 0
-    if not (as_reference or args.hard_term == "clean" or args.attack_target == "clean"):
+    if args.hard_term != "clean" and (args.kl_reference != "clean" or args.kl_weight == 0):
         return None
     if args.hard_term == "clean" or args.kl_gradient == "both":
         return model(x).float()
@@ -119,11 +122,10 @@ def whole_step(
     args: Namespace,
 ) -> Step:
     """Return one step on images of ``side`` pixels; it never waits, so a CUDA graph can hold it."""
-    (group,) = optimizer.param_groups
 
     def step(index: Tensor, row: Tensor) -> Tensor:
         lr, T, T_a, lam, pull, ramp = row.unbind()
-        group["lr"].copy_(lr)
+        optimizer.param_groups[0]["lr"].copy_(lr)
         x, y = load(index)
         x = utils.resized(x, side)
         # The cache is off: it would hand weights cast without a gradient to a pass that needs one.
@@ -186,7 +188,7 @@ def prepare(
         ValueError: ``--batch-size`` cannot be shared, or ``--compile`` asks for what is not there.
     """
     device = next(model.parameters()).device
-    parallel.refuse_uneven(args.batch_size)
+    parallel.refuse_uneven(args.batch_size, least=4 if args.attack_mode == "both" else 1)
     alone_on_gpu = device.type == "cuda" and parallel.size() == 1
     if args.compile == "on" and not alone_on_gpu:
         raise ValueError("--compile on: a CUDA graph needs a GPU and a single process")
@@ -198,8 +200,7 @@ def prepare(
     )  # fmt: skip
     for parameter in model.parameters():
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    half = args.dtype == torch.float16  # of small range: the loss is scaled to keep gradients in it
-    scaler = torch.amp.GradScaler(device.type, enabled=half)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == torch.float16)
     parts = resume.Parts(model, average, optimizer, scaler)
     model.train()
 
@@ -265,15 +266,16 @@ def train(
         state: File that the run goes on from; None for a fresh start.
 
     Raises:
-        keeper.DivergedError: Loss or weights are not finite any more.
+        checkpoint.DivergedError: Loss or weights are not finite any more.
         SystemExit: A signal told the run to stop; its state is saved.
     """
     build, parts = prepare(model, batches, args)
     progress = resume.begun(state, parts, args)
+    facts = facts | {"commit": progress.commit}
     average, step_of = parts.average, current(build, attack_of, args)
     watch = keeper.Keeper(folder, parts, progress, args, len(batches))
     if folder:  # nothing was touched so far: the run could still be refused
-        record.restored(folder, args, progress.rows) if state else record.begun(folder, args)
+        record.begun(folder, args, progress.commit, progress.rows if state else None)
     with watch.listening():
         while progress.epoch <= args.epochs and not rollback.stopped(progress, args):
             row = train_one_epoch(step_of(progress), batches, progress, args, watch.after_step)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+import checkpoint
 import files
 import parallel
 import resume
@@ -22,12 +23,6 @@ SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name)
 # where a step takes more than a second they look after each.
 LOOK = 10
 ECHO = 2.0  # seconds within which a signal is the same one again, passed on by torchrun
-
-
-class DivergedError(ValueError):
-    """The loss or the weights are no longer finite."""
-
-    exit_code = 3
 
 
 class Keeper:
@@ -81,7 +76,7 @@ class Keeper:
         """Look at loss, signals and clock; all processes come to the same decision.
 
         Raises:
-            DivergedError: The loss is not finite.
+            checkpoint.DivergedError: The loss is not finite.
             SystemExit: A signal was heard; the state is saved.
         """
         last = self.progress.step == self.steps
@@ -131,7 +126,7 @@ class Keeper:
         """Raise the line for a run that has diverged."""
         p, kept = self.progress, self.folder and self.folder / resume.NAME
         held = f"; {kept} holds the last good state" if kept and kept.exists() else ""
-        raise DivergedError(
+        raise checkpoint.DivergedError(
             f"epoch {p.epoch}: {what} after step {p.step}, lr "
             f"{float(self.parts.optimizer.param_groups[0]['lr']):g}; try a smaller --lr or "
             f"--kl-weight{held}"

@@ -205,8 +205,9 @@ def refuse(args: argparse.Namespace) -> None:
          "--hard-term clean: with --kl-weight 0 no adversarial image is trained on"),
         (args.attack_target == "clean" and args.delta_init == "zero",
          "--attack-target clean: its gradient is 0 there; choose a --delta-init"),
-        (args.attack_target == "clean" and args.attack_mode == "both",
-         "--attack-target clean: its prediction is made once; choose --attack-mode eval or train"),
+        (args.hard_term == "clean" and args.kl_reference == "start" and args.attack_mode == "both",
+         "--hard-term clean: with --kl-reference start no term sees the half of the images that "
+         "--attack-mode both attacks on running statistics; choose another of the three"),
         (args.factor is not None and args.label_smoothing > 0,
          "--factor: sets --label-smoothing; give one of them"),
         (args.image_sizes[-1] != 32,

@@ -153,10 +153,14 @@ def share(items: Tensor) -> Tensor:
     return items[rank() :: size()]
 
 
-def refuse_uneven(batch_size: int) -> None:
-    """Raise a ValueError where a batch cannot be shared evenly."""
+def refuse_uneven(batch_size: int, least: int = 1) -> None:
+    """Raise a ValueError where a batch cannot be shared evenly, ``least`` images or more each."""
     if batch_size % size():
         raise ValueError(f"--batch-size {batch_size}: not a multiple of the {size()} processes")
+    if batch_size < least * size():
+        raise ValueError(
+            f"--batch-size {batch_size}: each process needs {least} images with --attack-mode both"
+        )
 
 
 def average_(tensors: list[Tensor]) -> None:

@@ -1,5 +1,6 @@
 """Pictures of a finished network: sweeps, adversarial images, the loss nearby, the method."""
 
+import math
 from pathlib import Path
 
 import torch
@@ -135,7 +136,7 @@ def method(
         model: Maps images in [0, 1] to logits.
         x: (N, 3, H, W) images; the first two of different classes are used, where there are such.
         y: (N,) labels, and ``classes``: what they mean.
-        epsilon: Radius of the ball, a pixel fraction.
+        epsilon: Step, and half of the noise at the start, a pixel fraction.
         path: PNG file to write.
         lam: Weight of the first image in the mixture.
         T: Temperature of (b) and (c).
@@ -147,14 +148,14 @@ def method(
     cases = {"(a) Mixup": (lam, 1.0), "(b) T-scaled KL": (1.0, T), "(c) both": (lam, T)}
     for row, (name, (weight, temperature)) in zip(axes, cases.items(), strict=True):
         mixed, soft = utils.mixup(pair, labels, torch.tensor(weight, device=x.device), len(classes))
-        start = attacks.start_point(mixed, "half", epsilon)
+        start = attacks.start_point(mixed, "noise", epsilon)  # as by default; nothing is projected
 
         def raised(logits: Tensor, soft: Tensor = soft, T: float = temperature) -> Tensor:
             return F.cross_entropy(logits / T, soft, reduction="sum")
 
         with attacks.measuring(model, x):
             adv, logits = attacks.sign_ascent(
-                model, mixed, raised, start, epsilon=epsilon, alpha=epsilon
+                model, mixed, raised, start, epsilon=math.inf, alpha=epsilon
             )
             with torch.no_grad():
                 after = model(adv)
@@ -162,9 +163,9 @@ def method(
         if weight < 1:
             shares += f"\n{1 - weight:.0%} {classes[labels[1]]}"
         _show(row[0], mixed[0], shares, name)
-        _show(row[1], start[0], "start: ± eps/2")
-        title = f"perturbation\n±{255 * epsilon:g}/255"
-        _show(row[2], _stretched(adv[0] - mixed[0], epsilon), title)
+        _show(row[1], start[0], "start: noise")
+        title = f"perturbation\n±{255 * 3 * epsilon:g}/255"
+        _show(row[2], _stretched(adv[0] - mixed[0], 3 * epsilon), title)
         _show(row[3], adv[0], "adversarial")
         kl = utils.temperature_kl(after[:1], logits[:1], temperature)
         _bars(row[4], logits[0] / temperature, after[0] / temperature, classes,

@@ -44,12 +44,6 @@ def start_run(args: Namespace, default: str, state: Path | None) -> Path:
     return run_folder(args.out_dir, args.run_name, default, args.overwrite or bool(unborn))
 
 
-def write_args(folder: Path, args: Namespace) -> None:
-    """Write the flags of a run into its folder."""
-    text = json.dumps(checkpoint.plain(args) | {"commit": checkpoint.commit()}, indent=2)
-    files.write_text(folder / "args.json", text + "\n")
-
-
 def run_folder(out_dir: Path, name: str | None, default: str, overwrite: bool) -> Path:
     """Create and return the folder of a run, never one that is in use.
 
@@ -166,16 +160,15 @@ def write_log(path: Path, rows: list[dict[str, float]]) -> None:
     files.write_text(path, text.getvalue())
 
 
-def begun(folder: Path, args: Namespace) -> None:
-    """Write ``args.json`` of a new run, where nothing stays of a run that it replaces."""
-    for file in WRITTEN:
+def begun(folder: Path, args: Namespace, commit: str, rows: list[dict[str, float]] | None) -> None:
+    """Bring ``args.json`` and the log to the flags and the state of a run.
+
+    A new run, whose ``rows`` are None, leaves nothing of a run that it replaces.
+    """
+    for file in WRITTEN if rows is None else ():
         (folder / file).unlink(missing_ok=True)
-    write_args(folder, args)
-
-
-def restored(folder: Path, args: Namespace, rows: list[dict[str, float]]) -> None:
-    """Bring ``args.json`` and the log of a run that goes on to its flags and to its state."""
-    write_args(folder, args)
+    text = json.dumps(checkpoint.plain(args) | {"commit": commit}, indent=2)
+    files.write_text(folder / "args.json", text + "\n")
     if rows:
         write_log(folder / "log.csv", rows)
 

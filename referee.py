@@ -48,15 +48,17 @@ def open_network(
     classes: int,
     mean: tuple[float, ...],
     std: tuple[float, ...],
+    weights: str | None = None,
 ) -> tuple[nn.Module, dict[str, object], dict[str, object]]:
     """Open a checkpoint.
 
     Args:
         path: The file.
         build: Makes a network from its name and what ``checkpoint.architecture`` returns.
-        args: Flags of a bare state dict, and ``weights``.
+        args: Flags of a bare state dict.
         classes: Number of classes to measure on.
         mean: Per channel of the dataset, and ``std``: likewise.
+        weights: ``raw`` or ``ema``; None for those that the file selects.
 
     Returns:
         The network in eval mode, what it was built with, and what the report says of it.
@@ -64,8 +66,8 @@ def open_network(
     saved = checkpoint.load(path)
     statistics = dict(mean=mean, std=std)
     name, network = checkpoint.architecture(saved, path, args, classes, statistics)
-    model = checkpoint.build(build, name, network, saved, args.weights, path)
-    weights = checkpoint.load_weights(model, saved, args.weights, path)
+    model = checkpoint.build(build, name, network, saved, weights, path)
+    weights = checkpoint.load_weights(model, saved, weights, path)
     facts = {"checkpoint": str(path), "sha256": checkpoint.sha256(path), "weights": weights}
     facts |= {"model": name, "trained_on": saved.get("dataset", "unknown images")}
     prefix = "ema_" if weights == "ema" else ""

@@ -70,10 +70,11 @@ class Progress:
     rows: list[dict[str, float]] = field(default_factory=list)  # of the log
     rollbacks: int = 0  # done so far: what the attack is now follows from their number
     healthy: list[dict[str, object]] = field(default_factory=list)  # states to go back to
+    commit: str = field(default_factory=checkpoint.commit)  # of the code; several where it changed
 
     def __post_init__(self) -> None:
         """Look at the types of what a file may hold."""
-        kinds = dict(epoch=int, step=int, seconds=float, best=float, rows=list)
+        kinds = dict(epoch=int, step=int, seconds=float, best=float, rows=list, commit=str)
         for name, kind in kinds.items():
             if type(getattr(self, name)) is not kind:
                 raise TypeError(f"its {name} is {reading.brief(getattr(self, name))}")
@@ -122,7 +123,7 @@ def taken(parts: Parts, progress: Progress, args: Namespace) -> dict[str, object
     if device.type == "cuda":
         mine["cuda"] = torch.cuda.get_rng_state(device)
     return {
-        "schema": SCHEMA, "args": checkpoint.plain(args), "commit": checkpoint.commit(),
+        "schema": SCHEMA, "args": checkpoint.plain(args),
         "progress": vars(progress) | {"sums": 0}, "processes": parallel.gathered(mine),
     } | learned(parts)  # fmt: skip
 
@@ -131,20 +132,21 @@ def put_back(state: dict[str, object], parts: Parts) -> Progress:
     """Bring model, average, optimizer and random states to what ``taken`` saw; return how far."""
     device = next(parts.model.parameters()).device
     put_learned(state, parts)
-    progress = Progress(**state["progress"])
+    progress = Progress(**{"commit": state.get("commit", "unknown")} | state["progress"])
+    known = parallel.rank() < len(state["processes"])  # a process may be new
+    process = state["processes"][parallel.rank() if known else 0]
     with torch.no_grad():
-        if parallel.rank() < len(state["processes"]):
-            process = state["processes"][parallel.rank()]
-            # Those of the average come last; there may have been none.
-            for mine, kept in zip(parts.statistics(), process["statistics"], strict=False):
-                mine.copy_(kept)
+        # Those of the average come last; there may have been none.
+        for mine, kept in zip(parts.statistics(), process["statistics"], strict=False):
+            mine.copy_(kept)
+        sums = process["sums"]
+        progress.sums = sums.to(device) if isinstance(sums, Tensor) else sums
+        if known:
             torch.set_rng_state(process["torch"])
             random.setstate(process["python"])
             np.random.set_state(process["numpy"])
             if device.type == "cuda" and "cuda" in process:
                 torch.cuda.set_rng_state(process["cuda"], device)
-            sums = process["sums"]
-            progress.sums = sums.to(device) if isinstance(sums, Tensor) else sums
     return progress
 
 
@@ -227,7 +229,7 @@ def begun(path: Path | None, parts: Parts, args: Namespace) -> Progress:
 
     Raises:
         ValueError: The file cannot be gone on from, or other processes found another state.
-        checkpoint.Diverged: Its weights are not finite.
+        checkpoint.DivergedError: Its weights are not finite.
     """
     progress = restored(path, parts, args) if path else Progress()
     if len(set(parallel.gathered((progress.epoch, progress.step, progress.rollbacks)))) > 1:
@@ -243,7 +245,7 @@ def restored(path: Path, parts: Parts, args: Namespace) -> Progress:
 
     Raises:
         ValueError: The file is damaged, its flags are others, or its network is another.
-        checkpoint.Diverged: Its weights are not finite.
+        checkpoint.DivergedError: Its weights are not finite.
     """
     state = load(path)
     check_flags(state, args)
@@ -255,9 +257,13 @@ def restored(path: Path, parts: Parts, args: Namespace) -> Progress:
             f"{path}: the state of another run ({reason}); choose another --run-name"
         ) from error
     if not all(bool(t.isfinite().all()) for t in parts.tensors()):
-        raise checkpoint.Diverged(
+        raise checkpoint.DivergedError(
             f"{path}: its weights are not finite; try --resume {files.previous(path)}"
         )
+    now, last = checkpoint.commit(), progress.commit.split(", ")[-1]
+    if progress.epoch <= args.epochs and now != last:
+        print(f"note: the code is another than the one that saved the state: {last} -> {now}")
+        progress.commit += f", {now}"
     where = f"epoch {progress.epoch}, after {progress.step} steps of it"
     if progress.epoch > args.epochs:
         where = f"the end: all {args.epochs} epochs are done"

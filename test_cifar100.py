@@ -45,7 +45,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
         referee.open_network, build=build_model, args=args, classes=NUM_CLASSES,
         mean=archive.mean, std=archive.std,
     )  # fmt: skip
-    model, network, facts = opened(args.model_path)
+    model, network, facts = opened(args.model_path, weights=args.weights)
     model = model.to(device, memory_format=torch.channels_last)
     source = args.transfer_from and opened(args.transfer_from)[0].to(device)
 

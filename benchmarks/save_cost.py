@@ -8,27 +8,21 @@ images, from the median of a few of them.
 """
 
 import tempfile
-from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
+from step_speed import mix_kl, random_images
 from timing import interleaved, parser, show
 
-import attacks
 import checkpoint
-import data
-import engine
 import keeper
 import options
 import record
 import resume
-import schedules
 import utils
 from models import build_model
 
 IMAGES, EPOCHS = 49_000, 110
-EPS = 8 / 255
 
 
 def rows_of_a_run():
@@ -38,22 +32,6 @@ def rows_of_a_run():
     names += ["lr", "temperature", "loss", "hard_loss", "kl", "train_seconds", "eval_seconds"]
     rows = [dict.fromkeys(names, 0.123456789) for _ in range(EPOCHS)]
     return [row | {"epoch": number, "collapse": 0} for number, row in enumerate(rows, 1)]
-
-
-def prepared(args, device):
-    """Return the network, one training step of it, and what the step changes."""
-    count = args.batch_size
-    pixels = torch.randint(256, (count, 32, 32, 3), dtype=torch.uint8)
-    images = data.Images(pixels, torch.randint(10, (count,))).to(device)
-    batches = data.TrainingBatches(images, count)
-    model = build_model(args.model, num_classes=10, width=args.width).train()
-    model = model.to(device, memory_format=torch.channels_last)
-    attack = partial(attacks.craft, epsilon=EPS, alpha=EPS, start=args.delta_init)
-    build, parts = engine.prepare(model, batches, args)
-    step = build(attack, data.SIZE)
-    index = torch.arange(count, device=device)
-    (row,) = torch.tensor(schedules.plan(args, 1, 1, np.random.default_rng(0)), device=device)
-    return model, lambda: step(index, row), parts
 
 
 def main():
@@ -68,8 +46,9 @@ def main():
     args = options.parse_training(words, "doc", {})
     args.num_classes, args.dtype = 10, utils.pick_precision("auto", device)
     utils.keep_freed_memory()
-    torch.manual_seed(0)
-    model, step, parts = prepared(args, device)
+    images = random_images(given.batch_size, device)
+    model = build_model(args.model, num_classes=10, width=given.width).train().to(device)
+    step, parts = mix_kl(model, images, args.dtype, *words)
     facts = checkpoint.facts(args, "cifar10", args.model, {"num_classes": 10})
     with tempfile.TemporaryDirectory(dir=given.out_dir) as name:
         folder, steps = Path(name), IMAGES // given.batch_size

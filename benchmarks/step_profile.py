@@ -52,7 +52,7 @@ def main():
     dtype = utils.pick_precision(args.precision, device)
     images = random_images(count, device)
     model = build_model(args.model, num_classes=10, width=args.width).train().to(device)
-    step = mix_kl(model, images, dtype, "--compile", "off")
+    step, _ = mix_kl(model, images, dtype, "--compile", "off")
     for _ in range(2):
         step()
     with Seconds(device) as spent:

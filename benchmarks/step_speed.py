@@ -90,18 +90,18 @@ def random_images(count, device):
 
 
 def mix_kl(model, images, precision, *flags):
-    """Return a step of ours on ``images``, in ``precision``; with ``flags``, else the defaults."""
+    """Return a step of ours on ``images``, with the defaults but for ``flags``, and its parts."""
     device, batch_size = images.labels.device, len(images.labels)
     args = options.parse_training(["--batch-size", str(batch_size), *flags], "doc", {})
     args.num_classes, args.dtype = 10, precision
     batches = data.TrainingBatches(images, batch_size)
     attack = partial(attacks.craft, epsilon=EPS, alpha=EPS, start=args.delta_init)
     model = model.to(memory_format=torch.channels_last)
-    build, _ = engine.prepare(model, batches, args)
+    build, parts = engine.prepare(model, batches, args)
     step = build(attack, data.SIZE)
     index = torch.arange(batch_size, device=device)
     (row,) = torch.tensor(schedules.plan(args, 1, 1, np.random.default_rng(0)), device=device)
-    return lambda: step(index, row)
+    return partial(step, index, row), parts
 
 
 def main():
@@ -122,8 +122,8 @@ def main():
     steps = {  # and the forward passes in each, which tests count for ours
         "FGSM-RS loop, fp32": (fgsm_rs(network(), x, y), torch.float32, 6),
         "prior-guided loop, fp32": (prior_guided(network(), x, y), torch.float32, 8),
-        "MIX-KL, fp32": (mix_kl(network(), images, torch.float32), torch.float32, 5),
-        "MIX-KL, default precision": (mix_kl(network(), images, default), default, 5),
+        "MIX-KL, fp32": (mix_kl(network(), images, torch.float32)[0], torch.float32, 5),
+        "MIX-KL, default precision": (mix_kl(network(), images, default)[0], default, 5),
     }
     products = {dtype: matrix_product(args.device, dtype) for _, dtype, _ in steps.values()}
     functions = {name: step for name, (step, _, _) in steps.items()}

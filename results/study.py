@@ -209,8 +209,9 @@ def carry_out(cell: Cell, args: argparse.Namespace, deadline: float) -> None:
             written.unlink(missing_ok=True)  # of another measurement: the new would be numbered
             call(words, kept / "console.txt", deadline)
         else:  # the best epoch is the last one
-            written = Path(str(report).replace("best", "final"))
-        shutil.copy(verdict_file(written), verdict_file(report))
+            written = report.with_name(report.name.replace("best", "final"))
+        if verdict_file(written).exists():  # older reports have none
+            shutil.copy(verdict_file(written), verdict_file(report))
         shutil.copy(written, report)
 
 

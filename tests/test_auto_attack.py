@@ -56,6 +56,14 @@ def test_a_single_part_is_that_part(case):
     assert outcome.passes > 100 * outcome.standing.sum() and outcome.journal is None
 
 
+def test_where_no_image_stands_nothing_is_attacked(case):
+    model, x, y = case
+    none = torch.zeros(COUNT, dtype=torch.bool)
+    outcome = auto_attack.attack(model, x, y, none, "autoattack", epsilon=EPS, batch_size=9, seed=0)
+    assert not outcome.standing.any() and outcome.passes == 0
+    assert outcome.parts == dict.fromkeys(("apgd-ce", "apgd-t", "fab-t", "square"), 0)
+
+
 def test_a_batch_too_large_for_the_memory_is_halved(case, capsys):
     model, x, y = case
     short = ShortOfMemory(model, 6)

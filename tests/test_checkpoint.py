@@ -206,7 +206,9 @@ def test_weights_that_are_not_finite_have_an_exit_code_of_their_own(saved, value
     content = checkpoint.load(saved)
     content["raw"]["linear.bias"] = torch.full((10,), value, dtype=torch.float64)
     model = build_model("ResNet18", num_classes=10, width=8)
-    with pytest.raises(checkpoint.Diverged, match="not finite; the training had diverged") as found:
+    with pytest.raises(
+        checkpoint.DivergedError, match="not finite; the training had diverged"
+    ) as found:
         checkpoint.load_weights(model, content, None, saved)
     assert found.value.exit_code == 3 and isinstance(found.value, ValueError)
 
@@ -316,7 +318,7 @@ def test_runs_never_share_a_folder(tmp_path):
     assert (tmp_path / "out" / "mine" / "log.csv").read_text() == "old"
     mine = record.run_folder(tmp_path / "out", "mine", "run", True)
     assert len(list(mine.iterdir())) == len(record.WRITTEN)  # it could still be refused
-    record.begun(mine, Namespace(epochs=3))
+    record.begun(mine, Namespace(epochs=3), "abc", None)
     assert [path.name for path in mine.iterdir()] == ["args.json"]  # no model of the old run
     with pytest.raises(ValueError, match="--run-name a/b: a name, not a path"):
         record.run_folder(tmp_path / "out", "a/b", "run", False)
@@ -327,6 +329,10 @@ def test_the_revision_is_that_of_git(monkeypatch):
         head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout
     except OSError:
         head = ""
+    checkpoint.commit.cache_clear()
     assert checkpoint.commit().startswith(head[:12] or "unknown")
     monkeypatch.setattr(subprocess, "run", lambda *a, **k: (_ for _ in ()).throw(OSError()))
+    assert checkpoint.commit().startswith(head[:12] or "unknown")  # that of the code that runs
+    checkpoint.commit.cache_clear()
     assert checkpoint.commit() == "unknown"
+    checkpoint.commit.cache_clear()

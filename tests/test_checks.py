@@ -140,7 +140,8 @@ def rows_of(**accuracies):
     rows = []
     for name, accuracy in accuracies.items():
         steps = int(name[3:]) if name.startswith("pgd") else 0
-        rows.append({"attack": name, "steps": steps, "accuracy": accuracy, "n": 1000})
+        row = {"attack": name, "steps": steps, "restarts": 1, "accuracy": accuracy, "n": 1000}
+        rows.append(row)
     return rows
 
 
@@ -169,6 +170,15 @@ def test_attacks_that_agree_get_no_warning():
     rows[-1]["standing_after"] = plus
     (found,) = checks.of_the_rows(rows)
     assert "fools 20 images" in found
+
+
+def test_restarts_are_no_steps():
+    """PGD-50-10 beats PGD-50, and PGD-50 may not beat PGD-10 with 20 restarts."""
+    rows = rows_of(pgd10=0.40, pgd50=0.48, cw50=0.40)
+    rows[0]["restarts"] = 20
+    assert checks.of_the_rows(rows) == []
+    rows[0]["steps"] = 50
+    assert checks.of_the_rows(rows) == []
 
 
 def test_accuracy_that_rises_with_epsilon_is_seen():

@@ -176,26 +176,29 @@ def test_trades_is_its_formula(batch):
     args = flags("--baseline", "trades")
     torch.manual_seed(0)
     model = SmallNet().train()
+    with torch.no_grad():
+        model.linear.weight *= 20  # predictions that the attack can move
     rng, twin = torch.get_rng_state(), copy.deepcopy(model)
     loss, _, _ = one_step(twin, x, y, args)
     ours = torch.autograd.grad(loss, list(twin.parameters()))
 
     torch.set_rng_state(rng)
-    clean = model(x)
     adv = (x + torch.empty_like(x).uniform_(-1, 1) * EPS).clamp(0, 1)
     model.eval()
+    target = model(x).detach().softmax(1)
     for _ in range(10):
         adv.requires_grad_()
-        raised = F.kl_div(model(adv).log_softmax(1), clean.detach().softmax(1), reduction="sum")
+        raised = F.kl_div(model(adv).log_softmax(1), target, reduction="sum")
         (grad,) = torch.autograd.grad(raised, adv)
         adv = attacks.project(adv.detach() + EPS / 4 * grad.sign(), x, EPS)
     model.train()
+    clean = model(x)
     kl = F.kl_div(model(adv).log_softmax(1), clean.softmax(1), reduction="batchmean")
     expected = F.cross_entropy(clean, y) + 6 * kl
     torch.testing.assert_close(loss, expected)
     theirs = torch.autograd.grad(expected, list(model.parameters()))
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+    for a, b in zip(ours, theirs, strict=True):  # rounding flips some signs of the attack
+        assert (a - b).norm() <= 0.02 * b.norm() + 1e-4
 
 
 @pytest.mark.parametrize("target", ["labels", "clean"])
@@ -252,10 +255,9 @@ def test_a_clean_reference_with_its_own_hard_term_gets_no_gradient_from_the_kl(b
         gradients.append(torch.autograd.grad(kl, model.linear.weight)[0])
     torch.manual_seed(0)
     model = SmallNet().train()
-    clean = model(x).detach()
     with utils.statistics_held(model, "eval"):
         adv, _ = attack_of(flags())(model, x, lambda z: F.cross_entropy(z / 2, y, reduction="sum"))
-    expected = utils.temperature_kl(model(adv), clean, 2.0)
+    expected = utils.temperature_kl(model(adv), model(x).detach(), 2.0)
     (through_the_student,) = torch.autograd.grad(expected, model.linear.weight)
     torch.testing.assert_close(gradients[0], through_the_student, rtol=1e-3, atol=1e-7)
     assert not torch.allclose(gradients[1], through_the_student, rtol=1e-2)
@@ -268,7 +270,7 @@ def test_a_clean_reference_with_its_own_hard_term_gets_no_gradient_from_the_kl(b
     (["--kl-reference", "ema"], 6),
     (["--baseline", "fgsm_rs"], 5),
     (["--baseline", "pgd_at"], 23),
-    (["--baseline", "trades"], 26),
+    (["--baseline", "trades"], 27),
 ])  # fmt: skip
 def test_a_step_costs_what_the_readme_says(words, cost):
     x, y = torch.rand(4, 3, 32, 32), torch.arange(4)

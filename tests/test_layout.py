@@ -50,7 +50,7 @@ MAY_IMPORT = {
     "export": {"files"},
     "files": set(),
     "graph": set(),
-    "keeper": {"files", "parallel", "resume"},
+    "keeper": {"checkpoint", "files", "parallel", "resume"},
     "options": {"presets", "values"},
     "parallel": {"utils"},
     "pictures": {"attacks", "plots", "utils"},

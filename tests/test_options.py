@@ -99,7 +99,7 @@ def test_a_bad_value_is_one_line_and_status_2(words, message, capsys):
 @pytest.mark.parametrize("words, message", [
     ("--kl-reference ema --ema-decay 0", "--kl-reference ema: needs an --ema-decay"),
     ("--attack-target clean --delta-init zero", "--attack-target clean: its gradient"),
-    ("--attack-target clean", "--attack-mode eval or train"),
+    ("--hard-term clean", "--hard-term clean: with --kl-reference start no term sees the half"),
     ("--nesterov --momentum 0", "--nesterov: needs a --momentum"),
     ("--image-sizes 32 16", "--image-sizes: the last is 32"),
     ("--image-sizes 16 24 32 --epochs 2", "--epochs 2: 3 --image-sizes need more"),

@@ -1,6 +1,7 @@
 """Runs that are killed at random moments end as the uninterrupted run does."""
 
 import csv
+import json
 import os
 import random
 import re
@@ -15,9 +16,13 @@ import torch
 from conftest import ROOT, SmallNet, write_archive
 
 import checkpoint
+import engine
 import files
 import keeper
+import options
+import parallel
 import resume
+from models import build_model
 
 TINY = ["--width", "8", "--epochs", "3", "--batch-size", "20", "--held-out", "20"]
 TINY += ["--save-every", "0", "--train-images", "200", "--precision", "fp32"]
@@ -140,6 +145,35 @@ def test_changed_flags_are_refused_and_listed(stopped, script):
     status, out, err = script("MIX_KL_CIFAR10", *words, "--lr", "0.3", "--allow-changed")
     assert status == 0, err
     assert "note: changed since the state was saved" in out and len(log(folder)) == 3
+
+
+def test_a_run_that_other_code_goes_on_with_names_both(stopped, script, monkeypatch):
+    folder, words = stopped
+    first = json.loads((folder / "args.json").read_text())["commit"]
+    monkeypatch.setattr(checkpoint, "commit", lambda: "abc")
+    words = [*words, "--allow-changed"]
+    for epochs in ("2", "3", "3"):  # the last has nothing to train
+        status, out, err = script("MIX_KL_CIFAR10", *words, "--epochs", epochs)
+        assert status == 0, err
+        assert (f"note: the code is another than the one that saved the state: {first} -> abc"
+                in out) is (epochs == "2")  # fmt: skip
+        assert json.loads((folder / "args.json").read_text())["commit"] == f"{first}, abc"
+    assert checkpoint.load(folder / "final_model.pth")["commit"] == f"{first}, abc"
+
+
+def test_a_process_that_the_state_does_not_know_takes_the_sums_of_the_first(stopped, monkeypatch):
+    state = resume.load(stopped[0] / resume.NAME)
+    state["progress"] |= {"step": 3}
+    state["processes"][0]["sums"] = torch.tensor([3.0, 2.0, 1.0])
+    monkeypatch.setattr(parallel, "rank", lambda: 1)
+    args = options.parse_training(["--width", "8"], "doc", {})
+    args.num_classes, args.dtype = 10, torch.float32
+    model = build_model("PreActResNet18", num_classes=10, width=8)
+    _, parts = engine.prepare(model, None, args)
+    before = torch.get_rng_state()
+    progress = resume.put_back(state, parts)
+    assert progress.sums.tolist() == [3.0, 2.0, 1.0] and progress.step == 3
+    assert torch.equal(torch.get_rng_state(), before)  # crops and starts of its own
 
 
 def test_a_run_that_changed_what_it_logs_goes_on_again(stopped, script):
@@ -296,7 +330,7 @@ def test_a_loss_that_is_not_finite_is_seen_within_ten_steps(watched):
             progress.sums = progress.sums + float("nan")
         watch.after_step()
     progress.step = 10
-    with pytest.raises(keeper.DivergedError, match="after step 10"):
+    with pytest.raises(checkpoint.DivergedError, match="after step 10"):
         watch.after_step()
 
 
