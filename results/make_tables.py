@@ -10,6 +10,8 @@ import json
 import re
 import statistics
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -26,9 +28,19 @@ METHODS = {
     "both": "MIX-KL",
     "train": "MIX-KL, attack mode train, KL weight 1",
     "train8": "MIX-KL, attack mode train, KL weight 8",
-    "eval0": "Mixup, attack mode eval, no KL", "eval1": "MIX-KL, attack mode eval, KL weight 1",
+    "eval0": "Mixup, attack mode eval, no KL",
+    "eval1": "MIX-KL, attack mode eval, KL weight 1 after a warm-up",
+    "rs_both": "FGSM-RS, attack mode both", "n_both": "N-FGSM, attack mode both",
     "fgsm_rs16": "FGSM-RS, alpha 16",
 }  # fmt: skip
+SETTINGS = {  # of the README's first table: what it is called, and the names of its folders
+    "16/255, slow warm-up": ("steep15-{}-seed*",),
+    "16/255, long": ("long16-{}-seed*",),
+    "8/255, long": ("long-{}-seed*",),
+    "8/255, all images": ("short-{}-seed*", "cifar10-{}"),
+}
+AA = "autoattack"
+HEADLINE = ("fgsm_rs", "n_fgsm", "both", "eval0", "pgd_at")
 
 
 def log_of(folder: Path) -> list[dict[str, str]]:
@@ -140,42 +152,120 @@ def study(prefix: str, titles: dict[str, str] = METHODS) -> list[str]:
     """
     rows = []
     for method, title in titles.items():
-        folders = sorted(HERE.glob(f"{prefix}-{method}-seed*"))
-        for file in ("final", "best"):
-            found = [folder / f"{file}_model-report.json" for folder in folders]
-            found = [path for path in found if path.exists()]
-            reports = [json.loads(path.read_text()) for path in found]
-            if reports:
-                rows.append((title, file, reports, [log_of(path.parent) for path in found]))
-    names = [row["attack"] for row in rows[0][2][0]["attacks"]]
+        for file, epoch in EPOCHS.items():
+            found = measured([f"{prefix}-{method}-seed*"], file)
+            if found:
+                rows.append((title, epoch, found))
+    names = list(rows[0][2][0].shares)
     lines = [
         f"| method | epoch | seeds | {' | '.join(names)} | collapses | minutes |",
         "| --- " * (len(names) + 5) + "|",
     ]
-    for title, file, reports, logs in rows:
-        cells = [title, {"final": "last", "best": "best"}[file], str(len(reports))]
-        for i in range(len(names)):
-            values = [100 * found["attacks"][i]["accuracy"] for found in reports]
-            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.1f}{spread}")
-        cells.append(str(sum(any(row["collapse"] == "1" for row in log) for log in logs)))
-        seconds = [sum(float(row["train_seconds"]) for row in log) for log in logs]
-        lines.append(f"| {' | '.join([*cells, f'{statistics.mean(seconds) / 60:.1f}'])} |")
+    for title, epoch, found in rows:
+        cells = [title, epoch, str(len(found))]
+        cells += [spread([run.shares[name] for run in found]) for name in names]
+        cells.append(str(sum(run.collapsed for run in found)))
+        minutes = statistics.mean(run.minutes for run in found)
+        lines.append(f"| {' | '.join([*cells, f'{minutes:.1f}'])} |")
+    return lines
+
+
+EPOCHS = {"final": "last", "best": "best"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A measured checkpoint: accuracy by attack in percent, and what its log says."""
+
+    shares: dict[str, float]
+    collapsed: bool
+    minutes: float
+
+
+def measured(patterns: Sequence[str], file: str) -> list[Run]:
+    """Return the measured checkpoints ``file`` of the folders that match."""
+    found = []
+    for folder in sorted(path for pattern in patterns for path in HERE.glob(pattern)):
+        path = folder / f"{file}_model-report.json"
+        if file == "final" and (folder / "report.json").exists():  # of before the study
+            path = folder / "report.json"
+        if path.exists():
+            log, rows = log_of(folder), json.loads(path.read_text())["attacks"]
+            shares = {row["attack"]: 100 * row["accuracy"] for row in rows}
+            more = folder / f"{file}_model-autoattack.json"
+            if more.exists():
+                rows = json.loads(more.read_text())["attacks"]
+                shares |= {r["attack"]: 100 * r["accuracy"] for r in rows if r["attack"] == AA}
+            collapsed = any(row["collapse"] == "1" for row in log)
+            minutes = sum(float(row["train_seconds"]) for row in log) / 60
+            found.append(Run(shares, collapsed, minutes))
+    return found
+
+
+def spread(values: list[float]) -> str:
+    """Return mean and standard deviation."""
+    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{deviation}"
+
+
+def headline() -> list[str]:
+    """Return the README's first table; accuracies are those of the seeds that did not collapse."""
+    lines = [
+        "| setting | method | epoch | clean | PGD-50 | CW-50 | AutoAttack | collapsed |",
+        "| --- " * 8 + "|",
+    ]
+    for setting, patterns in SETTINGS.items():
+        for method in HEADLINE:
+            for file, epoch in EPOCHS.items():
+                found = measured([pattern.format(method) for pattern in patterns], file)
+                if not found:
+                    continue
+                alive = [run.shares for run in found if not run.collapsed]
+                cells = [setting, METHODS[method], epoch]
+                for name in ("clean", "pgd-50", "cw-50", AA):
+                    values = [shares[name] for shares in alive if name in shares]
+                    cells.append(spread(values) if values else "")
+                cells.append(f"{len(found) - len(alive)} of {len(found)}")
+                lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
 def preset() -> list[str]:
-    """Return the table of ``--preset fast`` beside the default recipe."""
-    slow = study(
-        "short", {"train": "MIX-KL, attack mode train, 15 epochs", "late": "the same, peak at 0.4"}
-    )
-    return [*slow, *study("fast", {"mix_kl": "`--preset fast`"})[2:]]
+    """Return the table of ``--preset fast`` beside the runs of 15 epochs."""
+    late = "MIX-KL, attack mode train, KL weight 1, peak at 0.4"
+    return [
+        *study("short", METHODS | {"late": late}), *study("fast", {"preset": "`--preset fast`"})[2:]
+    ]  # fmt: skip
+
+
+def speed() -> list[str]:
+    """Return the table of the last benchmark of a step, of each network."""
+    known = json.loads((HERE / "benchmarks.json").read_text())
+    lines = [
+        "| one step | FGSM-RS loop | prior-guided loop | MIX-KL, fp32 "
+        "| MIX-KL, bf16 (default there) |",
+        "| --- " * 5 + "|",
+    ]
+    names = ("PreActResNet18, batch 128", "WideResNet34-10, batch 8", "WideResNet34-10, batch 16")
+    for network in names:
+        *_, rows = (
+            found["rows"] for found in known
+            if found["title"].startswith(f"one training step, {network},")
+        )  # fmt: skip
+        cells = {
+            f"{network}: seconds": "{seconds:.2f}",
+            "speed-up over FGSM-RS, over prior-guided": "{x FGSM-RS:.2f}, {x prior-guided:.2f}",
+            "GFLOP/s, share of the measured matrix peak": "{GFLOP/s:.0f}, {of matrix peak:.2f}",
+        }
+        for title, text in cells.items():
+            lines.append(f"| {title} | {' | '.join(text.format(**row) for row in rows)} |")
+    return lines
 
 
 def rebuilt(text: str) -> str:
     """Return a page with its tables made anew."""
-    tables = {"short": short, "autoattack": autoattack, "control": control}
-    tables |= {"rollback": rollback, "outcome": outcome, "preset": preset}
+    tables = {"headline": headline, "short": short, "autoattack": autoattack, "control": control}
+    tables |= {"speed": speed, "rollback": rollback, "outcome": outcome, "preset": preset}
     tables |= {name: partial(study, name) for name in ("long", "long16", "steep", "steep15")}
     tables["precision"] = partial(study, "precision", {"bf16": "bf16", "fp32": "fp32"})
     for name, make in tables.items():

@@ -102,7 +102,7 @@ def cpu() -> list[Cell]:
         Cell(f"short-{method}-seed{seed}", f"{SHORT} {METHODS[method]} --seed {seed}", PGD_CW)
         for seed in range(2) for method in ("both", "n_fgsm", "fgsm_rs", "train", "eval0", "late")
     ]  # fmt: skip
-    cells += [Cell(f"fast-mix_kl-seed{seed}", f"{FAST} --seed {seed}", PGD_CW) for seed in range(2)]
+    cells += [Cell(f"fast-preset-seed{seed}", f"{FAST} --seed {seed}", PGD_CW) for seed in range(2)]
     cells += [
         Cell(f"precision-{precision}-seed{seed}",
              f"{LATE} --train-images 10000 --precision {precision} --seed {seed}",
