@@ -59,7 +59,7 @@ def save(path: Path, content: dict[str, object]) -> None:
 
 
 class DivergedError(ValueError):
-    """Weights that are not finite: a training that had diverged wrote them."""
+    """A loss or weights that are not finite: the training diverges, or had diverged."""
 
     exit_code = 3
 

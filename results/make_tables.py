@@ -5,48 +5,29 @@
 A table stands between the comments ``<!-- table NAME -->`` and ``<!-- end -->``.
 """
 
-import csv
 import json
 import re
 import statistics
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import runs
+
 import plots
 from report import wilson
 
-HERE = Path(__file__).resolve().parent
-PAGES = (HERE.parent / "README.md", HERE / "README.md")
-METHODS = {
-    "mix_kl": "MIX-KL", "fgsm_rs": "FGSM-RS", "n_fgsm": "N-FGSM", "mixup": "Mixup alone",
-    "kl": "temperature-scaled KL alone", "t1": "MIX-KL, T 1", "pgd_at": "PGD-10 AT",
-    "both": "MIX-KL",
-    "train": "MIX-KL, attack mode train, KL weight 1",
-    "train8": "MIX-KL, attack mode train, KL weight 8",
-    "eval0": "Mixup, attack mode eval, no KL",
-    "eval1": "MIX-KL, attack mode eval, KL weight 1 after a warm-up",
-    "rs_both": "FGSM-RS, attack mode both", "n_both": "N-FGSM, attack mode both",
-    "fgsm_rs16": "FGSM-RS, alpha 16",
-}  # fmt: skip
+PAGES = (runs.HERE.parent / "README.md", runs.HERE / "README.md")
 SETTINGS = {  # of the README's first table: what it is called, and the names of its folders
     "16/255, slow warm-up": ("steep15-{}-seed*",),
     "16/255, long": ("long16-{}-seed*",),
     "8/255, long": ("long-{}-seed*",),
     "8/255, all images": ("short-{}-seed*", "cifar10-{}"),
 }
-AA = "autoattack"
+EPOCHS = {"final": "last", "best": "best"}
 HEADLINE = ("fgsm_rs", "n_fgsm", "both", "eval0", "pgd_at")
-
-
-def log_of(folder: Path) -> list[dict[str, str]]:
-    """Return the rows of a run's log."""
-    with (folder / "log.csv").open() as file:
-        return list(csv.DictReader(file))
 
 
 def counted(row: dict) -> str:
@@ -62,11 +43,11 @@ def short() -> list[str]:
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for data in ("cifar10", "cifar100"):
-        for method, title in METHODS.items():
-            folder = HERE / f"{data}-{method}"
+        for method, title in runs.METHODS.items():
+            folder = runs.HERE / f"{data}-{method}"
             if not folder.exists():
                 continue
-            found, rows = json.loads((folder / "report.json").read_text()), log_of(folder)
+            found, rows = json.loads((folder / "report.json").read_text()), runs.log_of(folder)
             if method == "mix_kl":
                 args = json.loads((folder / "args.json").read_text())
                 mode = args.get("attack_mode", "train")
@@ -88,7 +69,7 @@ def short() -> list[str]:
 
 def autoattack() -> list[str]:
     """Return the table of AutoAttack beside the other attacks."""
-    found = json.loads((HERE / "cifar10-mix_kl" / "autoattack" / "report.json").read_text())
+    found = json.loads((runs.HERE / "cifar10-mix_kl" / "autoattack" / "report.json").read_text())
     lines = [
         "| attack | accuracy | images that went forward | minutes |",
         "| --- | --- | --- | --- |",
@@ -107,7 +88,7 @@ def control() -> list[str]:
         "| N-FGSM: clean | FGSM | PGD-10 | announced |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    both = [log_of(HERE / f"control-peak-{method}") for method in ("fgsm_rs", "n_fgsm")]
+    both = [runs.log_of(runs.HERE / f"control-peak-{method}") for method in ("fgsm_rs", "n_fgsm")]
     for rows in zip(*both, strict=True):
         cells = []
         for row in rows:
@@ -124,7 +105,7 @@ def rollback() -> list[str]:
         "| epoch | start | alpha | clean | FGSM | PGD-10 | averaged: PGD-10 | what followed |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for row in log_of(HERE / "control-rollback-fgsm_rs"):
+    for row in runs.log_of(runs.HERE / "control-rollback-fgsm_rs"):
         names = ("clean", "fgsm", "pgd10", "ema_pgd10")
         shares = [f"{100 * float(row[f'{name}_acc']):.1f}" for name in names]
         back = row["rollback_to"] and f"collapse: back to the end of epoch {row['rollback_to']}"
@@ -139,13 +120,13 @@ def outcome() -> list[str]:
     lines = ["| --on-collapse | weights | clean | PGD-20 | CW-20 |", "| --- " * 5 + "|"]
     for value in ("warn", "rollback"):
         for weights, title in {"raw": "raw", "ema": "averaged"}.items():
-            path = HERE / f"control-{value}-fgsm_rs" / f"report-{weights}.json"
+            path = runs.HERE / f"control-{value}-fgsm_rs" / f"report-{weights}.json"
             cells = [counted(row) for row in json.loads(path.read_text())["attacks"]]
             lines.append(f"| {value} | {title} | {' | '.join(cells)} |")
     return lines
 
 
-def study(prefix: str, titles: dict[str, str] = METHODS) -> list[str]:
+def study(prefix: str, titles: dict[str, str] = runs.METHODS) -> list[str]:
     """Return the table of the cells of ``study.py`` whose names begin with ``prefix``.
 
     Accuracies in percent, mean and standard deviation over the seeds, last and best epoch.
@@ -153,7 +134,7 @@ def study(prefix: str, titles: dict[str, str] = METHODS) -> list[str]:
     rows = []
     for method, title in titles.items():
         for file, epoch in EPOCHS.items():
-            found = measured([f"{prefix}-{method}-seed*"], file)
+            found = runs.measured([f"{prefix}-{method}-seed*"], file)
             if found:
                 rows.append((title, epoch, found))
     names = list(rows[0][2][0].shares)
@@ -168,38 +149,6 @@ def study(prefix: str, titles: dict[str, str] = METHODS) -> list[str]:
         minutes = statistics.mean(run.minutes for run in found)
         lines.append(f"| {' | '.join([*cells, f'{minutes:.1f}'])} |")
     return lines
-
-
-EPOCHS = {"final": "last", "best": "best"}
-
-
-@dataclass(frozen=True)
-class Run:
-    """A measured checkpoint: accuracy by attack in percent, and what its log says."""
-
-    shares: dict[str, float]
-    collapsed: bool
-    minutes: float
-
-
-def measured(patterns: Sequence[str], file: str) -> list[Run]:
-    """Return the measured checkpoints ``file`` of the folders that match."""
-    found = []
-    for folder in sorted(path for pattern in patterns for path in HERE.glob(pattern)):
-        path = folder / f"{file}_model-report.json"
-        if file == "final" and (folder / "report.json").exists():  # of before the study
-            path = folder / "report.json"
-        if path.exists():
-            log, rows = log_of(folder), json.loads(path.read_text())["attacks"]
-            shares = {row["attack"]: 100 * row["accuracy"] for row in rows}
-            more = folder / f"{file}_model-autoattack.json"
-            if more.exists():
-                rows = json.loads(more.read_text())["attacks"]
-                shares |= {r["attack"]: 100 * r["accuracy"] for r in rows if r["attack"] == AA}
-            collapsed = any(row["collapse"] == "1" for row in log)
-            minutes = sum(float(row["train_seconds"]) for row in log) / 60
-            found.append(Run(shares, collapsed, minutes))
-    return found
 
 
 def spread(values: list[float]) -> str:
@@ -217,12 +166,12 @@ def headline() -> list[str]:
     for setting, patterns in SETTINGS.items():
         for method in HEADLINE:
             for file, epoch in EPOCHS.items():
-                found = measured([pattern.format(method) for pattern in patterns], file)
+                found = runs.measured([pattern.format(method) for pattern in patterns], file)
                 if not found:
                     continue
                 alive = [run.shares for run in found if not run.collapsed]
-                cells = [setting, METHODS[method], epoch]
-                for name in ("clean", "pgd-50", "cw-50", AA):
+                cells = [setting, runs.METHODS[method], epoch]
+                for name in ("clean", "pgd-50", "cw-50", "autoattack"):
                     values = [shares[name] for shares in alive if name in shares]
                     cells.append(spread(values) if values else "")
                 cells.append(f"{len(found) - len(alive)} of {len(found)}")
@@ -233,14 +182,13 @@ def headline() -> list[str]:
 def preset() -> list[str]:
     """Return the table of ``--preset fast`` beside the runs of 15 epochs."""
     late = "MIX-KL, attack mode train, KL weight 1, peak at 0.4"
-    return [
-        *study("short", METHODS | {"late": late}), *study("fast", {"preset": "`--preset fast`"})[2:]
-    ]  # fmt: skip
+    slow = study("short", runs.METHODS | {"late": late})
+    return [*slow, *study("fast", {"preset": "`--preset fast`"})[2:]]
 
 
 def speed() -> list[str]:
     """Return the table of the last benchmark of a step, of each network."""
-    known = json.loads((HERE / "benchmarks.json").read_text())
+    known = json.loads((runs.HERE / "benchmarks.json").read_text())
     lines = [
         "| one step | FGSM-RS loop | prior-guided loop | MIX-KL, fp32 "
         "| MIX-KL, bf16 (default there) |",
@@ -262,13 +210,15 @@ def speed() -> list[str]:
     return lines
 
 
+TABLES = {"headline": headline, "short": short, "autoattack": autoattack, "control": control}
+TABLES |= {"speed": speed, "rollback": rollback, "outcome": outcome, "preset": preset}
+TABLES |= {name: partial(study, name) for name in ("long", "long16", "steep", "steep15")}
+TABLES["precision"] = partial(study, "precision", {"bf16": "bf16", "fp32": "fp32"})
+
+
 def rebuilt(text: str) -> str:
     """Return a page with its tables made anew."""
-    tables = {"headline": headline, "short": short, "autoattack": autoattack, "control": control}
-    tables |= {"speed": speed, "rollback": rollback, "outcome": outcome, "preset": preset}
-    tables |= {name: partial(study, name) for name in ("long", "long16", "steep", "steep15")}
-    tables["precision"] = partial(study, "precision", {"bf16": "bf16", "fp32": "fp32"})
-    for name, make in tables.items():
+    for name, make in TABLES.items():
         if f"<!-- table {name} -->" not in text:
             continue
         table = "\n".join(make())
@@ -295,9 +245,9 @@ def collapse(path: Path) -> None:
     both = figure.subplots(1, 2, sharey=True)
     for axes, (column, title) in zip(both, columns.items(), strict=True):
         for method, color in LINES.items():
-            label = METHODS[method]
-            for folder in sorted(HERE.glob(f"long16-{method}-seed*")):
-                rows = [row for row in log_of(folder) if row[column]]
+            label = runs.METHODS[method]
+            for folder in sorted(runs.HERE.glob(f"long16-{method}-seed*")):
+                rows = [row for row in runs.log_of(folder) if row[column]]
                 epochs = [int(row["epoch"]) for row in rows]
                 shares = [100 * float(row[column]) for row in rows]
                 axes.plot(epochs, shares, c=color, lw=1, label=label)
@@ -310,6 +260,6 @@ def collapse(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    collapse(HERE / "collapse.png")
+    collapse(runs.HERE / "collapse.png")
     for page in PAGES:
         page.write_text(rebuilt(page.read_text()))

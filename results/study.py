@@ -178,9 +178,9 @@ def carry_out(cell: Cell, args: argparse.Namespace, deadline: float) -> None:
         subprocess.CalledProcessError: A script failed; the cell's console.txt says why.
     """
     folder, kept = HERE.parent / args.out_dir / cell.name, args.results_dir / cell.name
-    measurements = {"report": cell.measure, "autoattack": cell.autoattack}
-    if not cell.autoattack or args.until == "report":
-        del measurements["autoattack"]
+    measurements = {"report": cell.measure}
+    if cell.autoattack and args.until == "autoattack":
+        measurements["autoattack"] = cell.autoattack
     reports = {
         kept / f"{file}_model-{kind}.json": (kept / f"{file}_model.pth", flags)
         for kind, flags in measurements.items() for file in cell.files

@@ -1,0 +1,59 @@
+"""What the folders here hold: logs, and the accuracies of measured checkpoints."""
+
+import csv
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+METHODS = {
+    "mix_kl": "MIX-KL", "fgsm_rs": "FGSM-RS", "n_fgsm": "N-FGSM", "mixup": "Mixup alone",
+    "kl": "temperature-scaled KL alone", "t1": "MIX-KL, T 1", "pgd_at": "PGD-10 AT",
+    "both": "MIX-KL",
+    "train": "MIX-KL, attack mode train, KL weight 1",
+    "train8": "MIX-KL, attack mode train, KL weight 8",
+    "eval0": "Mixup, attack mode eval, no KL",
+    "eval1": "MIX-KL, attack mode eval, KL weight 1 after a warm-up",
+    "rs_both": "FGSM-RS, attack mode both", "n_both": "N-FGSM, attack mode both",
+    "fgsm_rs16": "FGSM-RS, alpha 16",
+}  # fmt: skip
+
+
+def log_of(folder: Path) -> list[dict[str, str]]:
+    """Return the rows of a run's log."""
+    with (folder / "log.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def shares_of(report: Path) -> dict[str, float]:
+    """Return the accuracies of a report by attack, in percent."""
+    rows = json.loads(report.read_text())["attacks"]
+    return {row["attack"]: 100 * row["accuracy"] for row in rows}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A measured checkpoint: accuracy by attack in percent, and what its log says."""
+
+    shares: dict[str, float]
+    collapsed: bool
+    minutes: float
+
+
+def measured(patterns: Sequence[str], file: str) -> list[Run]:
+    """Return the measured checkpoints ``file`` of the folders that match."""
+    found = []
+    for folder in sorted(path for pattern in patterns for path in HERE.glob(pattern)):
+        path = folder / f"{file}_model-report.json"
+        if file == "final" and (folder / "report.json").exists():  # of before the study
+            path = folder / "report.json"
+        if path.exists():
+            shares, log = shares_of(path), log_of(folder)
+            more = folder / f"{file}_model-autoattack.json"
+            if more.exists():
+                shares["autoattack"] = shares_of(more)["autoattack"]
+            collapsed = any(row["collapse"] == "1" for row in log)
+            minutes = sum(float(row["train_seconds"]) for row in log) / 60
+            found.append(Run(shares, collapsed, minutes))
+    return found
