@@ -180,7 +180,7 @@ def find(args: Namespace, default: str) -> Path | None:
         default: Name of the run where ``--run-name`` gives none; it may have been numbered.
 
     Raises:
-        ValueError: There is no such file.
+        ValueError: There is no such file, or it is that of another run than ``--run-name``.
     """
     if args.resume is None:
         return None
@@ -190,6 +190,11 @@ def find(args: Namespace, default: str) -> Path | None:
         if not (path.exists() or files.previous(path).exists()):
             raise ValueError(
                 f"--resume {args.resume}: no such state; leave the value out to find it"
+            )
+        if args.run_name not in (None, path.resolve().parent.name):
+            raise ValueError(
+                f"--run-name {args.run_name}: --resume {args.resume} goes on in {path.parent}; "
+                "leave out one of the two"
             )
         return path
     if args.run_name:

@@ -222,6 +222,15 @@ def test_without_a_name_the_newest_run_is_meant_and_no_older_one(tmp_path):
     assert resume.find(args, "run") is None
 
 
+def test_a_path_and_the_name_of_another_run_are_refused(stopped, script):
+    folder, words = stopped
+    words = [*words[:-1], "--epochs", "1", "--resume", folder]
+    assert script("MIX_KL_CIFAR10", *words)[0] == 0
+    status, _, err = script("MIX_KL_CIFAR10", *words, "--run-name", "new")
+    assert (status, len(err.splitlines())) == (2, 1) and f"goes on in {folder}" in err
+    assert not (folder.parent / "new").exists()
+
+
 def test_flags_that_are_not_typed_so_are_named_as_they_are_typed():
     args = Namespace(dtype=torch.float32, processes=1, allow_changed=False)
     state = {"args": {"dtype": "torch.bfloat16", "processes": 2, "allow_changed": False}}
