@@ -83,10 +83,11 @@ def run(args: argparse.Namespace, name: str, device: torch.device) -> None:
     machine = f"{args.processes} x {device.type}, {args.dtype}"
     print(f"{args.method} on {len(batches.labels):,} images of {dataset.name} ({dataset.origin}), "
           f"{name}, {machine}; results in {folder}")  # fmt: skip
-    engine.train(
-        model, batches, attack_of=attack_of, measure=measure, args=args, facts=facts,
-        folder=folder, state=state,
-    )  # fmt: skip
+    with record.removed_if_refused(folder):
+        engine.train(
+            model, batches, attack_of=attack_of, measure=measure, args=args, facts=facts,
+            folder=folder, state=state,
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ import io
 import json
 import time
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from torch import nn
@@ -71,6 +72,18 @@ def run_folder(out_dir: Path, name: str | None, default: str, overwrite: bool) -
             continue
         return out_dir / stem
     raise ValueError(f"{out_dir}: too many runs")
+
+
+@contextmanager
+def removed_if_refused(folder: Path | None) -> Iterator[None]:
+    """Remove the folder of a run that ends within before it wrote: its name is free again."""
+    try:
+        yield
+    except BaseException:
+        if folder:
+            with suppress(OSError):  # it is not empty
+                folder.rmdir()
+        raise
 
 
 def due(epoch: int, args: Namespace) -> bool:

@@ -369,4 +369,4 @@ def test_a_disk_too_small_is_seen_before_the_first_epoch(tmp_path, script, monke
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("", (), {"free": 1000}))
     status, out, err = script("MIX_KL_CIFAR10", *words)
     assert (status, len(err.splitlines())) == (2, 1) and "the run needs" in err
-    assert "epoch " not in out
+    assert "epoch " not in out and not (tmp_path / "run").exists()  # the name is free again
