@@ -238,9 +238,10 @@ def malicious(place):
 @row("F5 malicious state")
 def malicious_state(place):
     marker = place.folder / "owned"
-    torch.save({"schema": resume.SCHEMA, "args": armed(marker)}, place.bad)
-    words = ["--resume", "bad.pth"]
-    refused(place, lambda: place.train(*words), r"--resume.*bad\.pth.*asks for (posix|nt)\.mkdir")
+    bad = place.run / "bad.pth"
+    torch.save({"schema": resume.SCHEMA, "args": armed(marker)}, bad)
+    line = r"--resume.*bad\.pth.*asks for (posix|nt)\.mkdir"
+    refused(place, lambda: place.train("--resume", bad), line)
     assert not marker.exists()
 
 
@@ -316,9 +317,10 @@ def nan_weights(place):
 def nan_state(place):
     state = resume.load(place.run / resume.NAME)
     state["raw"][next(iter(state["raw"]))].fill_(float("inf"))
-    torch.save(state, place.bad)
-    line = r"bad\.pth: its weights are not finite; try --resume bad\.pth\.prev$"
-    refused(place, lambda: place.train("--epochs", 2, "--resume", "bad.pth"), line, status=3)
+    bad = place.run / "bad.pth"
+    torch.save(state, bad)
+    line = r"bad\.pth: its weights are not finite; try --resume .*bad\.pth\.prev$"
+    refused(place, lambda: place.train("--epochs", 2, "--resume", bad), line, status=3)
 
 
 # -------------------------------------------------------------------------------- training runs

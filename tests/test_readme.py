@@ -1,6 +1,7 @@
 """The README: every command parses, every flag and file is listed, nothing is invented."""
 
 import importlib.util
+import json
 import re
 import shlex
 import shutil
@@ -126,9 +127,12 @@ def test_a_seed_that_collapsed_is_counted_and_not_averaged(tables, tmp_path, mon
     for seed in (0, 1, 2):  # the third lived
         one = ROOT / "results" / f"steep-fgsm_rs-seed{seed}"
         shutil.copytree(one, tmp_path / f"steep15-fgsm_rs-seed{seed}")
-    assert tables.headline()[2].endswith("| last | 39.8 | 22.1 | 20.1 |  | 2 of 3 |")
+    assert tables.headline()[2].endswith("| last | 39.8 | 22.1 | 20.1 | 2 of 3 |")
+    found = json.dumps({"attacks": [{"attack": "autoattack", "accuracy": 0.2}]})
+    (tmp_path / "steep15-fgsm_rs-seed2" / "final_model-autoattack.json").write_text(found)
+    assert tables.headline()[2].endswith("| last | 39.8 | 22.1 | 20.1 | 20.0 | 2 of 3 |")
     shutil.rmtree(tmp_path / "steep15-fgsm_rs-seed2")
-    assert tables.headline()[2].endswith("| last |  |  |  |  | 2 of 2 |")
+    assert tables.headline()[2].endswith("| last |  |  |  | 2 of 2 |")
 
 
 def test_the_tables_of_results_are_those_of_the_files(tables):
