@@ -319,7 +319,7 @@ def nan_state(place):
     state["raw"][next(iter(state["raw"]))].fill_(float("inf"))
     bad = place.run / "bad.pth"
     torch.save(state, bad)
-    line = r"bad\.pth: its weights are not finite; try --resume .*bad\.pth\.prev$"
+    line = rf"bad\.pth: its weights are not finite; try --resume {re.escape(str(bad))}\.prev$"
     refused(place, lambda: place.train("--epochs", 2, "--resume", bad), line, status=3)
 
 
