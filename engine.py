@@ -294,7 +294,7 @@ def train(
             print(record.line(row, args.epochs), flush=True)
             rollback.follow(progress, parts, args)
             progress.next_epoch()
-            watch.after_epoch()
+            watch.after_epoch(due)
     watch.close()
     if reason := rollback.stopped(progress, args):
         print(f"stopped after epoch {progress.rows[-1]['epoch']}: {reason}", flush=True)

@@ -45,4 +45,5 @@ def captured(
         recording.replay()
         return result
 
+    replay.recorded = step  # what it holds stays alive: the recording knows addresses only
     return replay

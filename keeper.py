@@ -85,8 +85,7 @@ class Keeper:
         if parallel.size() > 1 and not look:
             return
         # What comes after the last step is measuring, which hears no signal for minutes on a CPU.
-        wait = min(1, self.args.save_every) if last else self.args.save_every
-        due = int(time.monotonic() - self.saved > 60 * wait)
+        due = int(self.older_than(min(1, self.args.save_every) if last else self.args.save_every))
         slow = int(self.progress.seconds > self.progress.step)
         broken, heard, due, slow = parallel.maxima(broken, self.heard, due, slow)
         self.every = 1 if slow else LOOK
@@ -96,15 +95,22 @@ class Keeper:
             self.save()
         self.stop_if(heard)
 
-    def after_epoch(self) -> None:
+    def after_epoch(self, measured: bool) -> None:
         """Save, and stop where a signal was heard meanwhile.
 
-        Where the epoch's own files could not be written, the state stays the one before them: a run
-        that goes on from it writes them again.
+        On a GPU an epoch may take as long as two saves: one that was not measured is saved only
+        where the last save is a minute old. Where the epoch's own files could not be written, the
+        state stays the one before them: a run that goes on from it writes them again.
         """
-        if not any(parallel.maxima(int(bool(self.failure)))):
+        due = int(measured or self.older_than(min(1, self.args.save_every)))
+        failed, heard, due = parallel.maxima(int(bool(self.failure)), self.heard, due)
+        if (due or heard) and not failed:
             self.save()
-        self.stop_if(*parallel.maxima(self.heard))
+        self.stop_if(heard)
+
+    def older_than(self, minutes: float) -> bool:
+        """Return whether the last save is."""
+        return time.monotonic() - self.saved > 60 * minutes
 
     def stop_if(self, heard: int) -> None:
         """End the process with the status of a signal where there was one."""

@@ -195,9 +195,14 @@ def epoch(
     *,
     is_best: bool,
 ) -> None:
-    """Write log and curves, and save the last epoch as the final and perhaps as the best."""
+    """Write log and curves, and save the last epoch as the final and perhaps as the best.
+
+    An epoch that was not measured is only logged: writing it may take half as long as training it.
+    """
     row = rows[-1]
     write_log(folder / "log.csv", rows)
+    if not measured([row]):
+        return
     collapses = [row["epoch"] for row in rows if row["collapse"]]
     files.write(folder / "curves.png", lambda file: plots.curves(live(rows), collapses, file))
     metrics = {key: value for key, value in row.items() if value is not None}

@@ -467,9 +467,7 @@ def test_epochs_that_are_not_due_are_trained_alike_and_leave_their_accuracies_em
     pgd = [0.4, 0.3, 0.26, 0.1, 0.3, 0.3]  # epochs 2, 4, 5: raw and averaged by turns
     folder, rows, model = tiny_run("second", *words, "--measure-every", "2", pgd=pgd)
     accuracies = [key for key in rows[0] if key.endswith("_acc")]
-    assert (
-        len(accuracies) == 6 and rows[0].keys() == every[0].keys() and drawn[-5:] == [*range(1, 6)]
-    )
+    assert len(accuracies) == 6 and rows[0].keys() == every[0].keys() and drawn[-3:] == [2, 4, 5]
     for row, full in zip(rows, every, strict=True):
         measured = row["epoch"] in "245"
         assert all((row[key] != "") is measured for key in accuracies)
@@ -482,19 +480,12 @@ def test_epochs_that_are_not_due_are_trained_alike_and_leave_their_accuracies_em
     assert checkpoint.load(folder / "final_model.pth")["epoch"] == 5
 
 
-def test_a_run_that_ends_in_an_unmeasured_epoch_leaves_a_checkpoint_that_opens(tmp_path):
-    import checkpoint
-
+def test_an_epoch_that_is_not_measured_is_only_logged(tmp_path):
     row = dict.fromkeys(("clean_acc", "fgsm_acc", "pgd10_acc")) | dict(
         epoch=1, lr=0.1, loss=2.0, hard_loss=2.0, kl=0.0, collapse=0
     )
-    facts = dict(model="small", num_classes=10, dataset="none", width=None,
-                 mean=(0.5, 0.5, 0.5), std=(1.0, 1.0, 1.0))  # fmt: skip
-    record.epoch(tmp_path, [row], SmallNet(), None, facts, is_best=False)
-    final = checkpoint.load(tmp_path / "final_model.pth")
-    assert final["metrics"]["loss"] == 2.0 and "clean_acc" not in final["metrics"]
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert not (tmp_path / "best_model.pth").exists()
+    record.epoch(tmp_path, [row], SmallNet(), None, {}, is_best=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["log.csv"]
 
 
 def without_seconds(rows):
@@ -546,36 +537,6 @@ def test_engine_flags_need_nothing_else(batch):
         SmallNet().train(), None, *batch, lam=LAM, T=2.0, T_a=2.0, attack=attack_of(full), args=args
     )
     assert loss.isfinite()
-
-
-def losses_on_a_gpu(compile_, mode, batch, steps=6):
-    """Loss terms of some steps of the whole method, from the same weights and random state."""
-    x, y = (part.cuda() for part in batch)
-    pixels = (x.permute(0, 2, 3, 1) * 255).byte()
-    batches = data.TrainingBatches(data.Images(pixels, y), len(y))
-    args = flags("--compile", compile_, "--batch-size", "32", "--attack-mode", mode)
-    torch.manual_seed(0)
-    model = build_model("PreActResNet18", num_classes=10, width=8).cuda()
-    build, _ = engine.prepare(model, batches, args)
-    step = build(attack_of(args), 32)
-    torch.manual_seed(1)
-    index = torch.arange(32, device="cuda")
-    row = torch.tensor([0.05, 2.0, 2.0, 0.7, 0.1, 1.0], device="cuda")
-    step(index, row)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        terms = [step(index.flip(0), row).clone() for _ in range(steps)]
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    return torch.stack(terms).cpu()
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif("not __import__('torch').cuda.is_available()", reason="needs CUDA")
-@pytest.mark.parametrize("mode", ["eval", "train", "both"])
-def test_the_captured_step_is_the_eager_step_and_neither_waits(mode, batch):
-    eager, captured = (losses_on_a_gpu(compile_, mode, batch) for compile_ in ("off", "on"))
-    torch.testing.assert_close(captured, eager, rtol=1e-3, atol=1e-4)
 
 
 def test_a_graph_is_refused_where_there_is_no_gpu(batch):

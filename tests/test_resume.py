@@ -1,5 +1,6 @@
 """Runs that are killed at random moments end as the uninterrupted run does."""
 
+import contextlib
 import csv
 import json
 import os
@@ -298,6 +299,21 @@ def test_the_end_of_a_short_epoch_is_not_saved_twice(watched, monkeypatch):
     now[0] += 2
     watch.after_step()
     assert saved == [25]
+
+
+@pytest.mark.parametrize("measured, seconds, signalled, saves", [
+    (True, 1, 0, 1), (False, 59, 0, 0), (False, 61, 0, 1), (False, 1, signal.SIGTERM, 1),
+])  # fmt: skip
+def test_an_epoch_is_saved_where_it_was_measured_or_the_last_save_is_old(
+    watched, monkeypatch, measured, seconds, signalled, saves
+):
+    watch, _ = watched
+    saved, watch.heard = [], signalled
+    monkeypatch.setattr(keeper.time, "monotonic", lambda now=watch.saved + seconds: now)
+    monkeypatch.setattr(keeper.files, "write", lambda *_, **__: saved.append(1))
+    with pytest.raises(SystemExit) if signalled else contextlib.nullcontext():
+        watch.after_epoch(measured)
+    assert len(saved) == saves
 
 
 @pytest.mark.parametrize("seconds, looks", [(0.9, [1, 10, 20, 25]), (1.1, list(range(1, 26)))])

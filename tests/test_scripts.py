@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -210,14 +209,3 @@ def test_synthetic_images_tell_a_robust_network_from_an_undefended_one(tmp_path,
     assert clean > 0.95 and pgd < accuracy["robust"][1] / 2
     clean, pgd = accuracy["robust"]
     assert clean > 0.9 and pgd > 0.7 * clean
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif("not __import__('torch').cuda.is_available()", reason="needs CUDA")
-def test_the_scripts_run_on_a_gpu(tmp_path):
-    words = ["--synthetic", "--device", "cuda", *TINY, "--run-name", "gpu"]
-    code, _, err = shell(tmp_path, "MIX_KL_CIFAR10.py", *words)
-    assert code == 0, err
-    path = os.path.join("output", "gpu", "final_model.pth")
-    code, out, err = shell(tmp_path, "test_cifar10.py", "--synthetic", "--model_path", path)
-    assert code == 0 and "worst case" in out, err
