@@ -54,7 +54,7 @@ STEEP = (
     "--width 16 --train-images 25000 --epochs 6 --lr-schedule cyclic --lr 0.2 --lr-peak 0.1 "
     "--epsilon 16"
 )
-STEEP15_PARTS = ("rs_both", "n_both", "eval0", "eval1", "train8")
+STEEP15_PARTS = ("kl", "rs_both", "n_both", "eval0", "eval1", "train8")
 STEEP15 = f"{STEEP} --epochs 15 --on-collapse stop"  # a dead network is not trained further
 LONG16 = f"{LONG} --measure-every 5 --epsilon 16"
 AUTOATTACK = "--attacks clean pgd-50-10 cw-50 autoattack"
