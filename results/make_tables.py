@@ -25,6 +25,8 @@ SETTINGS = {  # of the README's first table: what it is called, and the names of
     "16/255, long": ("long16-{}-seed*",),
     "8/255, long": ("long-{}-seed*",),
     "8/255, all images": ("short-{}-seed*", "cifar10-{}"),
+    "8/255, full width": ("gpu-10-PreActResNet18-30-eps8-{}-seed*",),
+    "16/255, full width": ("gpu-10-PreActResNet18-30-eps16-{}-seed*",),
 }
 EPOCHS = {"final": "last", "best": "best"}
 HEADLINE = ("fgsm_rs", "n_fgsm", "both", "kl", "train", "eval0", "pgd_at")
@@ -189,32 +191,35 @@ def preset() -> list[str]:
     return [*slow, *study("fast", {"preset": "`--preset fast`"})[2:]]
 
 
-def speed() -> list[str]:
-    """Return the table of the last benchmark of a step, of each network."""
+def speed(hardware: str, networks: tuple[str, ...], digits: int) -> list[str]:
+    """Return the table of the last benchmark of a step, of each network, on one hardware."""
     known = json.loads((runs.HERE / "benchmarks.json").read_text())
     lines = [
         "| one step | FGSM-RS loop | prior-guided loop | MIX-KL, fp32 "
         "| MIX-KL, bf16 (default there) |",
         "| --- " * 5 + "|",
     ]
-    names = ("PreActResNet18, batch 128", "WideResNet34-10, batch 8", "WideResNet34-10, batch 16")
-    for network in names:
+    for network in networks:
         *_, rows = (
             found["rows"] for found in known
             if found["title"].startswith(f"one training step, {network},")
+            and hardware in found["machine"]["hardware"]
         )  # fmt: skip
         cells = {
-            f"{network}: seconds": "{seconds:.2f}",
+            f"{network}: seconds": f"{{seconds:.{digits}f}}",
             "speed-up over FGSM-RS, over prior-guided": "{x FGSM-RS:.2f}, {x prior-guided:.2f}",
-            "GFLOP/s, over those of a matrix product": "{GFLOP/s:.0f}, {of matrix peak:.2f}",
+            "GFLOP/s, over those of a matrix product": "{GFLOP/s:,.0f}, {of matrix peak:.2f}",
         }
         for title, text in cells.items():
             lines.append(f"| {title} | {' | '.join(text.format(**row) for row in rows)} |")
     return lines
 
 
+PREACT, WIDE = "PreActResNet18, batch 128", "WideResNet34-10, batch {}"
 TABLES = {"headline": headline, "short": short, "autoattack": autoattack, "control": control}
-TABLES |= {"speed": speed, "rollback": rollback, "outcome": outcome, "preset": preset}
+TABLES |= {"rollback": rollback, "outcome": outcome, "preset": preset}
+TABLES["speed"] = partial(speed, "EPYC", (PREACT, WIDE.format(8), WIDE.format(16)), 2)
+TABLES["speed-gpu"] = partial(speed, "H100", (PREACT, WIDE.format(128)), 4)
 TABLES |= {name: partial(study, name) for name in ("long", "long16", "steep", "steep15")}
 TABLES["precision"] = partial(study, "precision", {"bf16": "bf16", "fp32": "fp32"})
 

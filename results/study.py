@@ -100,7 +100,7 @@ def cpu() -> list[Cell]:
     ]  # fmt: skip
     cells += [
         Cell(f"short-{method}-seed{seed}", f"{SHORT} {METHODS[method]} --seed {seed}", PGD_CW)
-        for seed in range(2) for method in ("both", "n_fgsm", "fgsm_rs", "train", "eval0", "late")
+        for seed in range(2) for method in ("both", "kl", "n_fgsm", "fgsm_rs", "train", "eval0", "late")
     ]  # fmt: skip
     cells += [Cell(f"fast-preset-seed{seed}", f"{FAST} --seed {seed}", PGD_CW) for seed in range(2)]
     cells += [
