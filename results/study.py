@@ -28,7 +28,6 @@ from report import verdict_file
 HERE = Path(__file__).resolve().parent
 
 METHODS = {
-    "mix_kl": "",
     "fgsm_rs": "--baseline fgsm_rs",
     "n_fgsm": "--baseline n_fgsm",
     "mixup": "--kl-weight 0 --temperature 1",
@@ -100,7 +99,8 @@ def cpu() -> list[Cell]:
     ]  # fmt: skip
     cells += [
         Cell(f"short-{method}-seed{seed}", f"{SHORT} {METHODS[method]} --seed {seed}", PGD_CW)
-        for seed in range(2) for method in ("both", "kl", "n_fgsm", "fgsm_rs", "train", "eval0", "late")
+        for seed in range(2)
+        for method in ("both", "kl", "n_fgsm", "fgsm_rs", "train", "eval0", "late")
     ]  # fmt: skip
     cells += [Cell(f"fast-preset-seed{seed}", f"{FAST} --seed {seed}", PGD_CW) for seed in range(2)]
     cells += [
@@ -110,7 +110,12 @@ def cpu() -> list[Cell]:
         for seed in range(3) for precision in ("bf16", "fp32")
     ]  # fmt: skip
     return cells + [
-        Cell(f"short100-mix_kl-seed{seed}", f"{SHORT} --seed {seed}", PGD_CW, classes=100)
+        Cell(
+            f"short100-both-seed{seed}",
+            f"{SHORT} {METHODS['both']} --seed {seed}",
+            PGD_CW,
+            classes=100,
+        )
         for seed in range(2)
     ]
 
@@ -128,10 +133,11 @@ def gpu() -> list[Cell]:
              f"{AUTOATTACK} --epsilon {eps} --batch-size 1000", ("final", "best"), classes)
         for seed in range(3) for model in ("PreActResNet18", "ResNet18")
         for epochs in ("110", "30") for classes in (10, 100) for eps in (8, 16)
-        for method in ("mix_kl", "n_fgsm", "fgsm_rs")
+        for method in ("both", "kl", "n_fgsm", "fgsm_rs")
     ]  # fmt: skip
     return cells + [
-        Cell(f"gpu-{classes}-wide-30-eps8-mix_kl-seed0", f"{wide} {schedules['30']}",
+        Cell(f"gpu-{classes}-wide-30-eps8-both-seed0",
+             f"{wide} {schedules['30']} {METHODS['both']}",
              f"{AUTOATTACK} --batch-size 500", classes=classes)
         for classes in (10, 100)
     ]  # fmt: skip
