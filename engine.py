@@ -159,10 +159,9 @@ def train_one_epoch(
     rng = np.random.default_rng([args.seed, epoch])
     rows = schedules.plan(args, epoch, len(batches), rng)
     order = batches.shuffled(rng)
-    on_device = torch.tensor(rows, device=order.device)[progress.step :]
     bar = tqdm(
-        on_device, f"epoch {epoch}/{args.epochs}", leave=False, unit="batch",
-        disable=True if parallel.rank() else None,
+        torch.tensor(rows, device=order.device)[progress.step :], f"epoch {epoch}/{args.epochs}",
+        leave=False, unit="batch", disable=True if parallel.rank() else None,
     )  # fmt: skip
     for index, row in zip(order[progress.step :], bar, strict=True):
         progress.sums = progress.sums + step(parallel.share(index), row)
@@ -280,15 +279,16 @@ def train(
         while progress.epoch <= args.epochs and not rollback.stopped(progress, args):
             row = train_one_epoch(step_of(progress), batches, progress, args, watch.after_step)
             parallel.average_(parts.statistics())
-            due = record.due(row["epoch"], args)
-            row |= record.accuracies(model, average, measure if due else record.unmeasured)
+            measured = record.due(row["epoch"], args)
+            row |= record.accuracies(model, average, measure if measured else record.unmeasured)
             progress.rows.append(row)
             row["collapse"] = int(record.collapsed(progress.rows))
             row |= rollback.columns(progress, args)
             watch.check()
+            due = watch.due(measured)
             if folder is None or watch.attempt(partial(
                 record.epoch, folder, progress.rows, model, average and average.model, facts,
-                is_best=record.score(row) > progress.best,
+                is_best=record.score(row) > progress.best, due=due,
             )):  # fmt: skip
                 progress.best = max(progress.best, record.score(row))
             print(record.line(row, args.epochs), flush=True)

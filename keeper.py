@@ -95,18 +95,27 @@ class Keeper:
             self.save()
         self.stop_if(heard)
 
-    def after_epoch(self, measured: bool) -> None:
-        """Save, and stop where a signal was heard meanwhile.
+    def due(self, measured: bool) -> bool:
+        """Return whether an epoch writes its files and the state; all processes say the same.
 
-        On a GPU an epoch may take as long as two saves: one that was not measured is saved only
-        where the last save is a minute old. Where the epoch's own files could not be written, the
-        state stays the one before them: a run that goes on from it writes them again.
+        On a GPU an epoch may take as long as two writes: after the first, one that was not measured
+        writes where the last save is a minute old, where a write has failed, or before a stop.
         """
-        due = int(measured or self.older_than(min(1, self.args.save_every)))
-        failed, heard, due = parallel.maxima(int(bool(self.failure)), self.heard, due)
-        if (due or heard) and not failed:
+        pressing = measured or self.progress.epoch == 1 or self.failure or self.heard
+        old = self.older_than(min(1, self.args.save_every))
+        return any(parallel.maxima(int(bool(pressing or old))))
+
+    def after_epoch(self, due: bool) -> None:
+        """Save where it is due, and stop where a signal was heard meanwhile.
+
+        Where the epoch's own files could not be written, the state stays the one before them: a run
+        that goes on from it writes them again.
+        """
+        if not due:  # a signal since then is seen after the next step
+            return
+        if not any(parallel.maxima(int(bool(self.failure)))):
             self.save()
-        self.stop_if(heard)
+        self.stop_if(*parallel.maxima(self.heard))
 
     def older_than(self, minutes: float) -> bool:
         """Return whether the last save is."""

@@ -194,14 +194,12 @@ def epoch(
     facts: dict[str, object],
     *,
     is_best: bool,
+    due: bool = True,
 ) -> None:
-    """Write log and curves, and save the last epoch as the final and perhaps as the best.
-
-    An epoch that was not measured is only logged: writing it may take half as long as training it.
-    """
+    """Write the log; where it is due, curves and the epoch as the final and perhaps as the best."""
     row = rows[-1]
     write_log(folder / "log.csv", rows)
-    if not measured([row]):
+    if not due:
         return
     collapses = [row["epoch"] for row in rows if row["collapse"]]
     files.write(folder / "curves.png", lambda file: plots.curves(live(rows), collapses, file))

@@ -467,7 +467,7 @@ def test_epochs_that_are_not_due_are_trained_alike_and_leave_their_accuracies_em
     pgd = [0.4, 0.3, 0.26, 0.1, 0.3, 0.3]  # epochs 2, 4, 5: raw and averaged by turns
     folder, rows, model = tiny_run("second", *words, "--measure-every", "2", pgd=pgd)
     accuracies = [key for key in rows[0] if key.endswith("_acc")]
-    assert len(accuracies) == 6 and rows[0].keys() == every[0].keys() and drawn[-3:] == [2, 4, 5]
+    assert len(accuracies) == 6 and rows[0].keys() == every[0].keys() and drawn[5:] == [1, 2, 4, 5]
     for row, full in zip(rows, every, strict=True):
         measured = row["epoch"] in "245"
         assert all((row[key] != "") is measured for key in accuracies)
@@ -480,12 +480,21 @@ def test_epochs_that_are_not_due_are_trained_alike_and_leave_their_accuracies_em
     assert checkpoint.load(folder / "final_model.pth")["epoch"] == 5
 
 
-def test_an_epoch_that_is_not_measured_is_only_logged(tmp_path):
+def test_a_run_that_ends_in_an_unmeasured_epoch_leaves_a_checkpoint_that_opens(tmp_path):
+    import checkpoint
+
     row = dict.fromkeys(("clean_acc", "fgsm_acc", "pgd10_acc")) | dict(
         epoch=1, lr=0.1, loss=2.0, hard_loss=2.0, kl=0.0, collapse=0
     )
-    record.epoch(tmp_path, [row], SmallNet(), None, {}, is_best=False)
+    facts = dict(model="small", num_classes=10, dataset="none", width=None,
+                 mean=(0.5, 0.5, 0.5), std=(1.0, 1.0, 1.0))  # fmt: skip
+    record.epoch(tmp_path, [row], SmallNet(), None, facts, is_best=False, due=False)
     assert [path.name for path in tmp_path.iterdir()] == ["log.csv"]
+    record.epoch(tmp_path, [row], SmallNet(), None, facts, is_best=False)
+    final = checkpoint.load(tmp_path / "final_model.pth")
+    assert final["metrics"]["loss"] == 2.0 and "clean_acc" not in final["metrics"]
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "best_model.pth").exists()
 
 
 def without_seconds(rows):

@@ -70,7 +70,7 @@ def test_the_captured_step_is_the_eager_step_and_neither_waits(words, dtype, bat
     assert eager.isfinite().all() and len(eager[:, 0].unique()) == len(eager)
     rtol = 1e-3 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(captured[:, :2], eager[:, :2], rtol=rtol, atol=0)
-    torch.testing.assert_close(captured[:, 2], eager[:, 2], rtol=10 * rtol, atol=rtol)
+    torch.testing.assert_close(captured[:, 2], eager[:, 2], rtol=20 * rtol, atol=0)  # small: 0.01
 
 
 def rows(folder):
@@ -98,7 +98,7 @@ def test_the_scripts_run_on_a_gpu(tmp_path, words):
 
 
 def test_a_run_goes_on_on_a_gpu_where_it_was_stopped(tmp_path):
-    """Not bit by bit: two runs on a GPU differ in the order of sums. A lost state differs more."""
+    """Not bit by bit: two runs on a GPU differ in the order of sums."""
     words = [*TINY, "--train-images", "2000", "--precision", "fp32", "--lr-schedule", "constant"]
 
     def train(name, *more):

@@ -301,19 +301,43 @@ def test_the_end_of_a_short_epoch_is_not_saved_twice(watched, monkeypatch):
     assert saved == [25]
 
 
-@pytest.mark.parametrize("measured, seconds, signalled, saves", [
-    (True, 1, 0, 1), (False, 59, 0, 0), (False, 61, 0, 1), (False, 1, signal.SIGTERM, 1),
+@pytest.mark.parametrize("changed, due", [
+    (dict(), False),
+    (dict(measured=True), True),
+    (dict(seconds=61), True),
+    (dict(epoch=1), True),  # a folder without a state could not be gone on from
+    (dict(failure=OSError("disk full")), True),
+    (dict(heard=signal.SIGTERM), True),
 ])  # fmt: skip
-def test_an_epoch_is_saved_where_it_was_measured_or_the_last_save_is_old(
-    watched, monkeypatch, measured, seconds, signalled, saves
+def test_an_epoch_that_takes_seconds_is_written_where_it_matters(
+    watched, monkeypatch, changed, due
+):
+    watch, progress = watched
+    now = watch.saved + changed.pop("seconds", 59)
+    monkeypatch.setattr(keeper.time, "monotonic", lambda: now)
+    measured, progress.epoch = changed.pop("measured", False), changed.pop("epoch", 2)
+    for name, value in changed.items():
+        setattr(watch, name, value)
+    assert watch.due(measured) is due
+
+
+@pytest.mark.parametrize("due", [True, False])
+def test_a_signal_during_the_save_of_an_epoch_ends_the_run_and_one_after_another_waits(
+    watched, monkeypatch, due
 ):
     watch, _ = watched
-    saved, watch.heard = [], signalled
-    monkeypatch.setattr(keeper.time, "monotonic", lambda now=watch.saved + seconds: now)
-    monkeypatch.setattr(keeper.files, "write", lambda *_, **__: saved.append(1))
-    with pytest.raises(SystemExit) if signalled else contextlib.nullcontext():
-        watch.after_epoch(measured)
-    assert len(saved) == saves
+    saved = []
+
+    def write(*_, **__):
+        saved.append(1)
+        watch.heard = signal.SIGTERM
+
+    monkeypatch.setattr(keeper.files, "write", write)
+    if not due:
+        watch.heard = signal.SIGTERM  # after ``due`` was asked for: the next step saves and stops
+    with pytest.raises(SystemExit) if due else contextlib.nullcontext():
+        watch.after_epoch(due)
+    assert saved == [1] * due
 
 
 @pytest.mark.parametrize("seconds, looks", [(0.9, [1, 10, 20, 25]), (1.1, list(range(1, 26)))])
