@@ -130,7 +130,8 @@ def gpu() -> list[Cell]:
     cells = [
         Cell(f"gpu-{classes}-{model}-{epochs}-eps{eps}-{method}-seed{seed}",
              f"--model {model} {schedules[epochs]} --epsilon {eps} {METHODS[method]} --seed {seed}",
-             f"{AUTOATTACK} --epsilon {eps} --batch-size 1000", ("final", "best"), classes)
+             f"{PGD_CW} --epsilon {eps} --batch-size 1000 --n-examples 2000", ("final", "best"),
+             classes, f"{AUTOATTACK} --epsilon {eps} --batch-size 1000")
         for seed in range(3) for model in ("PreActResNet18", "ResNet18")
         for epochs in ("110", "30") for classes in (10, 100) for eps in (8, 16)
         for method in ("both", "kl", "n_fgsm", "fgsm_rs")
