@@ -9,7 +9,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 METHODS = {
     "mix_kl": "MIX-KL", "fgsm_rs": "FGSM-RS", "n_fgsm": "N-FGSM", "mixup": "Mixup alone",
-    "kl": "temperature-scaled KL alone", "t1": "MIX-KL, T 1", "pgd_at": "PGD-10 AT",
+    "kl": "temperature-scaled KL alone", "kl4": "temperature-scaled KL alone, weight 4",
+    "t1": "MIX-KL, T 1", "pgd_at": "PGD-10 AT",
     "both": "MIX-KL",
     "train": "MIX-KL, attack mode train, KL weight 1",
     "train8": "MIX-KL, attack mode train, KL weight 8",

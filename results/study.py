@@ -32,6 +32,7 @@ METHODS = {
     "n_fgsm": "--baseline n_fgsm",
     "mixup": "--kl-weight 0 --temperature 1",
     "kl": "--mixup-alpha 0",
+    "kl4": "--mixup-alpha 0 --kl-weight 4",
     "t1": "--temperature 1",
     "pgd_at": "--baseline pgd_at",
     "rs_both": "--baseline fgsm_rs --attack-mode both",
@@ -44,7 +45,7 @@ METHODS = {
     "fgsm_rs16": "--baseline fgsm_rs --alpha 16",
     "late": "--attack-mode train --kl-warmup 0 --lr-peak 0.4",
 }
-ABLATION = ("mixup", "kl", "t1", "eval1")
+ABLATION = ("mixup", "kl", "kl4", "t1", "eval1")
 LONG = "--width 16 --train-images 4000 --epochs 110 --batch-size 64 --measure-every 10"
 SHORT = "--width 16 --epochs 15 --lr-schedule cyclic --lr 0.2 --measure-every 5"
 LATE = f"{SHORT} {METHODS['late']}"
