@@ -40,7 +40,7 @@ class Keeper:
         self.folder, self.parts, self.progress, self.args = folder, parts, progress, args
         self.steps, self.heard, self.every = steps, 0, 1
         self.failure: OSError | None = None  # of the last write
-        self.saved = time.monotonic()
+        self.saved = self.written = time.monotonic()  # the state; the files of an epoch
         if folder:
             size = sum(t.numel() * t.element_size() for t in parts.tensors())
             held = sum(path.stat().st_size for path in folder.glob("*.pth*"))  # and is replaced
@@ -85,7 +85,8 @@ class Keeper:
         if parallel.size() > 1 and not look:
             return
         # What comes after the last step is measuring, which hears no signal for minutes on a CPU.
-        due = int(self.older_than(min(1, self.args.save_every) if last else self.args.save_every))
+        wait = min(1, self.args.save_every) if last else self.args.save_every
+        due = int(time.monotonic() - self.saved > 60 * wait)
         slow = int(self.progress.seconds > self.progress.step)
         broken, heard, due, slow = parallel.maxima(broken, self.heard, due, slow)
         self.every = 1 if slow else LOOK
@@ -99,10 +100,11 @@ class Keeper:
         """Return whether an epoch writes its files and the state; all processes say the same.
 
         On a GPU an epoch may take as long as two writes: after the first, one that was not measured
-        writes where the last save is a minute old, where a write has failed, or before a stop.
+        writes where the last one that did is a minute old, where a write has failed, or before a
+        stop.
         """
         pressing = measured or self.progress.epoch == 1 or self.failure or self.heard
-        old = self.older_than(min(1, self.args.save_every))
+        old = time.monotonic() - self.written > 60 * min(1, self.args.save_every)
         return any(parallel.maxima(int(bool(pressing or old))))
 
     def after_epoch(self, due: bool) -> None:
@@ -113,13 +115,10 @@ class Keeper:
         """
         if not due:  # a signal since then is seen after the next step
             return
+        self.written = time.monotonic()
         if not any(parallel.maxima(int(bool(self.failure)))):
             self.save()
         self.stop_if(*parallel.maxima(self.heard))
-
-    def older_than(self, minutes: float) -> bool:
-        """Return whether the last save is."""
-        return time.monotonic() - self.saved > 60 * minutes
 
     def stop_if(self, heard: int) -> None:
         """End the process with the status of a signal where there was one."""
