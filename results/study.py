@@ -111,14 +111,10 @@ def cpu() -> list[Cell]:
         for seed in range(3) for precision in ("bf16", "fp32")
     ]  # fmt: skip
     return cells + [
-        Cell(
-            f"short100-both-seed{seed}",
-            f"{SHORT} {METHODS['both']} --seed {seed}",
-            PGD_CW,
-            classes=100,
-        )
+        Cell(f"short100-both-seed{seed}", f"{SHORT} {METHODS['both']} --seed {seed}", PGD_CW,
+             classes=100)
         for seed in range(2)
-    ]
+    ]  # fmt: skip
 
 
 def gpu() -> list[Cell]:

@@ -1,7 +1,6 @@
 """What only a GPU can show: the captured step, whole runs, and that it judges as the CPU does."""
 
 import copy
-import csv
 import gc
 import re
 
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from test_engine import attack_of, flags
-from test_scripts import shell
+from test_scripts import read_log, shell
 
 import data
 import engine
@@ -73,11 +72,6 @@ def test_the_captured_step_is_the_eager_step_and_neither_waits(words, dtype, bat
     torch.testing.assert_close(captured[:, 2], eager[:, 2], rtol=20 * rtol, atol=0)  # small: 0.01
 
 
-def rows(folder):
-    with (folder / "log.csv").open() as file:
-        return list(csv.DictReader(file))
-
-
 @pytest.mark.parametrize("words", [
     ["--epochs", "2"],
     ["--epochs", "2", "--precision", "fp16"],
@@ -89,8 +83,8 @@ def test_the_scripts_run_on_a_gpu(tmp_path, words):
     code, out, err = shell(tmp_path, "MIX_KL_CIFAR10.py", *TINY, *words, "--run-name", "gpu")
     assert (code, err) == (0, "") and "1 x cuda" in out
     folder = tmp_path / "output" / "gpu"
-    losses = [float(row["loss"]) for row in rows(folder)]
-    assert losses[-1] < losses[0] and np.isfinite(losses).all()
+    trained = [float(row["loss"]) for row in read_log(folder)]
+    assert trained[-1] < trained[0] and np.isfinite(trained).all()
     path = folder / "final_model.pth"
     words = ["--synthetic", "--model_path", path, "--attacks", "clean", "pgd-10", "cw-10"]
     code, out, err = shell(tmp_path, "test_cifar10.py", *words, "--n-examples", "200")
@@ -106,7 +100,7 @@ def test_a_run_goes_on_on_a_gpu_where_it_was_stopped(tmp_path):
             tmp_path, "MIX_KL_CIFAR10.py", *words, *more, "--run-name", name, "--resume"
         )
         assert (code, err) == (0, ""), out
-        return [float(row["loss"]) for row in rows(tmp_path / "output" / name)]
+        return [float(row["loss"]) for row in read_log(tmp_path / "output" / name)]
 
     train("halves", "--epochs", "3")
     whole = train("whole", "--epochs", "4")
@@ -138,7 +132,7 @@ def test_a_gpu_gives_the_verdicts_of_the_cpu(fitted, name):
 def test_a_gpu_without_the_memory_halves_the_batch_and_judges_the_same(capsys):
     torch.manual_seed(0)
     model = build_model("PreActResNet18", num_classes=10).cuda().eval()
-    x, y = torch.rand(256, 3, 32, 32, device="cuda"), torch.zeros(256, dtype=torch.int64).cuda()
+    x = torch.rand(256, 3, 32, 32, device="cuda")
     with torch.no_grad():
         y = model(x).argmax(1)
     found = []
