@@ -111,9 +111,9 @@ def cpu() -> list[Cell]:
         for seed in range(3) for precision in ("bf16", "fp32")
     ]  # fmt: skip
     return cells + [
-        Cell(f"short100-both-seed{seed}", f"{SHORT} {METHODS['both']} --seed {seed}", PGD_CW,
+        Cell(f"short100-{method}-seed{seed}", f"{SHORT} {METHODS[method]} --seed {seed}", PGD_CW,
              classes=100)
-        for seed in range(2)
+        for seed in range(2) for method in ("both", "kl", "n_fgsm")
     ]  # fmt: skip
 
 
