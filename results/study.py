@@ -54,7 +54,7 @@ STEEP = (
     "--width 16 --train-images 25000 --epochs 6 --lr-schedule cyclic --lr 0.2 --lr-peak 0.1 "
     "--epsilon 16"
 )
-STEEP15_PARTS = ("kl", "rs_both", "n_both", "eval0", "eval1", "train8")
+STEEP15_PARTS = ("kl", "kl4", "rs_both", "n_both", "eval0", "eval1", "train8")
 STEEP15 = f"{STEEP} --epochs 15 --on-collapse stop"  # a dead network is not trained further
 LONG16 = f"{LONG} --measure-every 5 --epsilon 16"
 AUTOATTACK = "--attacks clean pgd-50-10 cw-50 autoattack"
@@ -101,7 +101,7 @@ def cpu() -> list[Cell]:
     cells += [
         Cell(f"short-{method}-seed{seed}", f"{SHORT} {METHODS[method]} --seed {seed}", PGD_CW)
         for seed in range(2)
-        for method in ("both", "kl", "n_fgsm", "fgsm_rs", "train", "eval0", "late")
+        for method in ("both", "kl", "kl4", "n_fgsm", "fgsm_rs", "train", "eval0", "late")
     ]  # fmt: skip
     cells += [Cell(f"fast-preset-seed{seed}", f"{FAST} --seed {seed}", PGD_CW) for seed in range(2)]
     cells += [
@@ -113,7 +113,7 @@ def cpu() -> list[Cell]:
     return cells + [
         Cell(f"short100-{method}-seed{seed}", f"{SHORT} {METHODS[method]} --seed {seed}", PGD_CW,
              classes=100)
-        for seed in range(2) for method in ("both", "kl", "n_fgsm")
+        for seed in range(2) for method in ("both", "kl", "kl4", "n_fgsm")
     ]  # fmt: skip
 
 
