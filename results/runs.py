@@ -10,6 +10,7 @@ HERE = Path(__file__).resolve().parent
 METHODS = {
     "mix_kl": "MIX-KL", "fgsm_rs": "FGSM-RS", "n_fgsm": "N-FGSM", "mixup": "Mixup alone",
     "kl": "temperature-scaled KL alone", "kl4": "temperature-scaled KL alone, weight 4",
+    "kl4ramp": "temperature-scaled KL alone, weight rising to 4",
     "t1": "MIX-KL, T 1", "pgd_at": "PGD-10 AT",
     "both": "MIX-KL",
     "train": "MIX-KL, attack mode train, KL weight 1",

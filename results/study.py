@@ -33,6 +33,7 @@ METHODS = {
     "mixup": "--kl-weight 0 --temperature 1",
     "kl": "--mixup-alpha 0",
     "kl4": "--mixup-alpha 0 --kl-weight 4",
+    "kl4ramp": "--mixup-alpha 0 --kl-weight 4 --kl-warmup 0.9",
     "t1": "--temperature 1",
     "pgd_at": "--baseline pgd_at",
     "rs_both": "--baseline fgsm_rs --attack-mode both",
@@ -45,7 +46,7 @@ METHODS = {
     "fgsm_rs16": "--baseline fgsm_rs --alpha 16",
     "late": "--attack-mode train --kl-warmup 0 --lr-peak 0.4",
 }
-ABLATION = ("mixup", "kl", "kl4", "t1", "eval1")
+ABLATION = ("mixup", "kl", "kl4", "kl4ramp", "t1", "eval1")
 LONG = "--width 16 --train-images 4000 --epochs 110 --batch-size 64 --measure-every 10"
 SHORT = "--width 16 --epochs 15 --lr-schedule cyclic --lr 0.2 --measure-every 5"
 LATE = f"{SHORT} {METHODS['late']}"
@@ -54,7 +55,7 @@ STEEP = (
     "--width 16 --train-images 25000 --epochs 6 --lr-schedule cyclic --lr 0.2 --lr-peak 0.1 "
     "--epsilon 16"
 )
-STEEP15_PARTS = ("kl", "kl4", "rs_both", "n_both", "eval0", "eval1", "train8")
+STEEP15_PARTS = ("kl", "kl4", "kl4ramp", "rs_both", "n_both", "eval0", "eval1", "train8")
 STEEP15 = f"{STEEP} --epochs 15 --on-collapse stop"  # a dead network is not trained further
 LONG16 = f"{LONG} --measure-every 5 --epsilon 16"
 AUTOATTACK = "--attacks clean pgd-50-10 cw-50 autoattack"
@@ -101,7 +102,7 @@ def cpu() -> list[Cell]:
     cells += [
         Cell(f"short-{method}-seed{seed}", f"{SHORT} {METHODS[method]} --seed {seed}", PGD_CW)
         for seed in range(2)
-        for method in ("both", "kl", "kl4", "n_fgsm", "fgsm_rs", "train", "eval0", "late")
+        for method in ("both", "kl", "kl4", "kl4ramp", "n_fgsm", "fgsm_rs", "train", "late")
     ]  # fmt: skip
     cells += [Cell(f"fast-preset-seed{seed}", f"{FAST} --seed {seed}", PGD_CW) for seed in range(2)]
     cells += [
@@ -131,7 +132,7 @@ def gpu() -> list[Cell]:
              classes, f"{AUTOATTACK} --epsilon {eps} --batch-size 1000")
         for seed in range(3) for model in ("PreActResNet18", "ResNet18")
         for epochs in ("110", "30") for classes in (10, 100) for eps in (8, 16)
-        for method in ("both", "kl", "n_fgsm", "fgsm_rs")
+        for method in ("both", "kl", "kl4", "n_fgsm", "fgsm_rs")
     ]  # fmt: skip
     return cells + [
         Cell(f"gpu-{classes}-wide-30-eps8-both-seed0",
