@@ -9,8 +9,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 METHODS = {
     "mix_kl": "MIX-KL", "fgsm_rs": "FGSM-RS", "n_fgsm": "N-FGSM", "mixup": "Mixup alone",
-    "kl": "temperature-scaled KL alone", "kl4": "temperature-scaled KL alone, weight 4",
-    "kl4ramp": "temperature-scaled KL alone, weight rising to 4",
+    "kl": "KL alone", "kl4": "KL alone, weight 4",
+    "kl4ramp": "KL alone, weight rising to 4",
     "t1": "MIX-KL, T 1", "pgd_at": "PGD-10 AT",
     "both": "MIX-KL",
     "train": "MIX-KL, attack mode train, KL weight 1",
@@ -19,6 +19,7 @@ METHODS = {
     "eval1": "MIX-KL, attack mode eval, KL weight 1 after a warm-up",
     "rs_both": "FGSM-RS, attack mode both", "n_both": "N-FGSM, attack mode both",
     "fgsm_rs16": "FGSM-RS, alpha 16",
+    "paper": "the published recipe, formulas mended",
 }  # fmt: skip
 
 

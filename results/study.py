@@ -44,9 +44,10 @@ METHODS = {
     "eval0": "--attack-mode eval --kl-weight 0",
     "eval1": "--attack-mode eval --kl-weight 1 --kl-warmup 0.05",
     "fgsm_rs16": "--baseline fgsm_rs --alpha 16",
+    "paper": "--mixup-alpha 1 --temperature 1 --delta-init half --attack-mode train",
     "late": "--attack-mode train --kl-warmup 0 --lr-peak 0.4",
 }
-ABLATION = ("mixup", "kl", "kl4", "kl4ramp", "t1", "eval1")
+ABLATION = ("mixup", "kl", "kl4", "kl4ramp", "t1", "eval1", "paper")
 LONG = "--width 16 --train-images 4000 --epochs 110 --batch-size 64 --measure-every 10"
 SHORT = "--width 16 --epochs 15 --lr-schedule cyclic --lr 0.2 --measure-every 5"
 LATE = f"{SHORT} {METHODS['late']}"
@@ -55,7 +56,9 @@ STEEP = (
     "--width 16 --train-images 25000 --epochs 6 --lr-schedule cyclic --lr 0.2 --lr-peak 0.1 "
     "--epsilon 16"
 )
-STEEP15_PARTS = ("kl", "kl4", "kl4ramp", "rs_both", "n_both", "eval0", "eval1", "train8")
+STEEP15_PARTS = (
+    "kl", "kl4", "kl4ramp", "paper", "rs_both", "n_both", "eval0", "eval1", "train8",
+)  # fmt: skip
 STEEP15 = f"{STEEP} --epochs 15 --on-collapse stop"  # a dead network is not trained further
 LONG16 = f"{LONG} --measure-every 5 --epsilon 16"
 AUTOATTACK = "--attacks clean pgd-50-10 cw-50 autoattack"
