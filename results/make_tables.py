@@ -29,7 +29,7 @@ SETTINGS = {  # of the README's first table: what it is called, and the names of
     "16/255, full width": ("gpu-10-PreActResNet18-30-eps16-{}-seed*",),
 }
 EPOCHS = {"final": "last", "best": "best"}
-HEADLINE = ("fgsm_rs", "n_fgsm", "pgd_at", "both", "kl", "kl4", "kl4ramp")
+HEADLINE = ("fgsm_rs", "n_fgsm", "pgd_at", "paper", "both", "kl", "kl4", "kl4ramp")
 
 
 def counted(row: dict) -> str:
