@@ -105,7 +105,9 @@ def cpu() -> list[Cell]:
     cells += [
         Cell(f"short-{method}-seed{seed}", f"{SHORT} {METHODS[method]} --seed {seed}", PGD_CW)
         for seed in range(2)
-        for method in ("both", "kl", "kl4", "kl4ramp", "n_fgsm", "fgsm_rs", "train", "late")
+        for method in (
+            "both", "kl", "kl4", "kl4ramp", "n_fgsm", "fgsm_rs", "train", "eval0", "late",
+        )
     ]  # fmt: skip
     cells += [Cell(f"fast-preset-seed{seed}", f"{FAST} --seed {seed}", PGD_CW) for seed in range(2)]
     cells += [
