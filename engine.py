@@ -28,7 +28,7 @@ Step = Callable[[Tensor, Tensor], Tensor]  # indices of images, a row of the pla
 
 def mix_kl_step(
     model: nn.Module, average: nn.Module | None, x: Tensor, y: Tensor, *,
-    lam: Tensor, T: Tensor, T_a: Tensor, attack: Attack, args: Namespace, ramp: float | Tensor = 1,
+    lam: Tensor, T: Tensor, T_a: Tensor, W: Tensor, attack: Attack, args: Namespace,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the loss of one MIX-KL step, its hard term and its KL term.
 
@@ -38,9 +38,9 @@ def mix_kl_step(
         x: (N, C, H, W) images in [0, 1], and ``y``: their (N,) labels.
         lam: Weight of the first image in a mixture of two.
         T: Temperature of the KL term, and ``T_a``: that of the attack.
+        W: Weight of the KL term.
         attack: Raises a loss of the logits around x within the threat model.
         args: The flags of the method, and ``num_classes``.
-        ramp: Share of ``--kl-weight`` that the KL term has by now.
     """
     network = parallel.unwrapped(model)  # no process waits for another in the attack
     if args.mixup_alpha > 0:
@@ -50,11 +50,11 @@ def mix_kl_step(
     logits = model(x_adv).float()
     hard_logits = clean if args.hard_term == "clean" else logits
     hard = F.cross_entropy(hard_logits, y, label_smoothing=args.label_smoothing)
-    if args.kl_weight == 0:
+    if max(args.kl_weight) == 0:
         return hard, hard, torch.zeros_like(hard)
     reference = reference_logits(start, clean, average, x, args)
     kl = utils.temperature_kl(logits[: len(reference)], reference, T)
-    return hard + ramp * args.kl_weight * kl, hard, kl
+    return hard + W * kl, hard, kl
 
 
 def attacked(
@@ -87,7 +87,7 @@ def attacked(
 
 def clean_logits(model: nn.Module, x: Tensor, args: Namespace) -> Tensor | None:
     """Return f(x~) where some term asks for it, with a gradient only where one is wanted."""
-    if args.hard_term != "clean" and (args.kl_reference != "clean" or args.kl_weight == 0):
+    if args.hard_term != "clean" and (args.kl_reference != "clean" or max(args.kl_weight) == 0):
         return None
     if args.hard_term == "clean" or args.kl_gradient == "both":
         return model(x).float()
@@ -124,7 +124,7 @@ def whole_step(
     """Return one step on images of ``side`` pixels; it never waits, so a CUDA graph can hold it."""
 
     def step(index: Tensor, row: Tensor) -> Tensor:
-        lr, T, T_a, lam, pull, ramp = row.unbind()
+        lr, T, T_a, W, lam, pull = row.unbind()
         optimizer.param_groups[0]["lr"].copy_(lr)
         x, y = load(index)
         x = utils.resized(x, side)
@@ -134,7 +134,7 @@ def whole_step(
         ):
             terms = mix_kl_step(
                 model, average and average.model, x, y,
-                lam=lam, T=T, T_a=T_a, attack=attack, args=args, ramp=ramp,
+                lam=lam, T=T, T_a=T_a, W=W, attack=attack, args=args,
             )  # fmt: skip
         optimizer.zero_grad()
         scaler.scale(terms[0]).backward()

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import presets
-from values import count, number, pixels, temperatures
+from values import count, number, pixels, temperatures, weights
 
 DEFAULT_ATTACKS = ["clean", "fgsm", "pgd-10", "pgd-20", "pgd-50", "cw-20", "cw-50"]
 REPLACED = {  # flags of the published scripts that others replace here
@@ -60,10 +60,10 @@ def add_method(parser: Parser) -> None:
         help="T of the KL term: 2, or 4:1 for a line over the run")
     add("--attack-temperature", type=temperatures, metavar="T",
         help="T of the attack (default: that of --temperature)")
-    add("--kl-weight", type=number(0), default=1.0, metavar="W",
-        help="weight of the KL term; 0 is none (default %(default)s)")
+    add("--kl-weight", type=weights, default=(1.0, 1.0), metavar="W",
+        help="weight of the KL term: 1, or 1:4 for a line over the run; 0 is none (default 1)")
     add("--kl-warmup", type=number(0, 1), default=0.0, metavar="P", help="part of the run over "
-        "which that weight rises from 0; --attack-mode eval wants one (default %(default)s)")
+        "which it is faded in from 0; --attack-mode eval wants one (default %(default)s)")
     add("--kl-reference", choices=("start", "clean", "ema"), default="start",
         help="KL to the logits of the attack's start, of the unperturbed image, or of the averaged "
         "weights there (default %(default)s)")
@@ -196,12 +196,13 @@ def parse_training(argv: list[str], doc: str, defaults: dict[str, object]) -> ar
 
 def refuse(args: argparse.Namespace) -> None:
     """Raise a ValueError where two flags contradict each other, or one would do nothing."""
+    without_kl = max(args.kl_weight) == 0
     rules = (
-        (args.kl_weight > 0 and args.kl_reference == "ema" and args.ema_decay == 0,
+        (not without_kl and args.kl_reference == "ema" and args.ema_decay == 0,
          "--kl-reference ema: needs an --ema-decay above 0"),
         (args.kl_gradient == "both" and args.kl_reference != "clean",
          "--kl-gradient both: needs --kl-reference clean"),
-        (args.hard_term == "clean" and args.kl_weight == 0,
+        (args.hard_term == "clean" and without_kl,
          "--hard-term clean: with --kl-weight 0 no adversarial image is trained on"),
         (args.attack_target == "clean" and args.delta_init == "zero",
          "--attack-target clean: its gradient is 0 there; choose a --delta-init"),

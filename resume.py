@@ -214,7 +214,9 @@ def check_flags(state: dict[str, object], args: Namespace) -> None:
     Raises:
         ValueError: One of them changes the mathematics, and ``--allow-changed`` is not given.
     """
-    before = {"kl_warmup": 0.0} | state["args"]  # older states had none
+    before = {"kl_warmup": 0.0} | state["args"]  # older states had none,
+    if isinstance(before.get("kl_weight"), float):  # and one weight for the whole run
+        before["kl_weight"] = (before["kl_weight"],) * 2
     now = checkpoint.plain(args)
     changed = {key: (before.get(key), value) for key, value in now.items() if key not in FREE}
     changed = {key: pair for key, pair in changed.items() if pair[0] != pair[1]}

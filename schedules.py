@@ -1,4 +1,4 @@
-"""What changes over a run: learning rate, temperatures, Mixup weights, image sizes."""
+"""What changes over a run: learning rate, temperatures, weights of KL and Mixup, image sizes."""
 
 import math
 from argparse import Namespace
@@ -9,7 +9,7 @@ import numpy as np
 import utils
 
 Schedule = Callable[[float], float]  # progress of the run in [0, 1] -> value
-COLUMNS = ("lr", "T", "T_a", "lam", "pull", "ramp")  # of the plan
+COLUMNS = ("lr", "T", "T_a", "W", "lam", "pull")  # of the plan
 
 
 def multistep(lr: float) -> Schedule:
@@ -48,7 +48,7 @@ def ramp(t: float, until: float) -> float:
 
 
 def line(first: float, last: float) -> Schedule:
-    """Return the line from ``first`` to ``last``: a temperature schedule."""
+    """Return the line from ``first`` to ``last``: a temperature, or the weight of the KL term."""
     return lambda t: first + (last - first) * t
 
 
@@ -62,16 +62,17 @@ def plan(
 ) -> list[tuple[float, ...]]:
     """Return what changes from step to step, a row of ``COLUMNS`` each.
 
-    They are the learning rate, the temperatures of the KL term and of the attack, the weight of an
-    image in its mixture, the pull of the weight average and the share of ``--kl-weight``: the same
-    in every process, since flags, epoch and ``rng`` alone decide.
+    They are the learning rate, the temperatures of the KL term and of the attack, the weight of the
+    KL term, that of an image in its mixture and the pull of the weight average: the same in every
+    process, since flags, epoch and ``rng`` alone decide.
     """
     lr_at = SCHEDULES[args.lr_schedule](args.lr, args.lr_min, args.lr_peak)
     T_at, T_a_at = line(*args.temperature), line(*args.attack_temperature)
+    W_at = line(*args.kl_weight)
     lam = utils.draw_lam(args.mixup_alpha, steps, rng).tolist()
     rows = []
     for step in range(steps):
         t, done = (epoch - 1 + step / steps) / args.epochs, (epoch - 1) * steps + step
-        pull, share = utils.pull(args.ema_decay, done), ramp(t, args.kl_warmup)
-        rows.append((lr_at(t), T_at(t), T_a_at(t), lam[step], pull, share))
+        W, pull = ramp(t, args.kl_warmup) * W_at(t), utils.pull(args.ema_decay, done)
+        rows.append((lr_at(t), T_at(t), T_a_at(t), W, lam[step], pull))
     return rows

@@ -1,4 +1,4 @@
-"""Values of flags: sizes in 1/255, numbers within bounds, temperatures."""
+"""Values of flags: sizes in 1/255, numbers within bounds, lines over the run."""
 
 import argparse
 import math
@@ -41,8 +41,21 @@ def count(low: int = 1, high: int = 2**31 - 1) -> Callable[[str], int]:
 
 def temperatures(text: str) -> tuple[float, float]:
     """Return first and last temperature from ``2`` (constant) or ``4:1`` (a line over the run)."""
-    first, _, last = text.partition(":")
-    values = float(first), float(last or first)
+    values = ends(text)
     if not all(0 < value < math.inf for value in values):
         raise argparse.ArgumentTypeError(f"{text}: temperatures are above 0")
     return values
+
+
+def weights(text: str) -> tuple[float, float]:
+    """Return first and last weight from ``1`` (constant) or ``1:4`` (a line over the run)."""
+    values = ends(text)
+    if not all(0 <= value < math.inf for value in values):
+        raise argparse.ArgumentTypeError(f"{text}: weights are 0 or more")
+    return values
+
+
+def ends(text: str) -> tuple[float, float]:
+    """Return both numbers of ``4:1``, or twice the one of ``2``."""
+    first, _, last = text.partition(":")
+    return float(first), float(last or first)

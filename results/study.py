@@ -33,6 +33,7 @@ METHODS = {
     "mixup": "--kl-weight 0 --temperature 1",
     "kl": "--mixup-alpha 0",
     "kl4": "--mixup-alpha 0 --kl-weight 4",
+    "kl1to4": "--mixup-alpha 0 --kl-weight 1:4",
     "kl4ramp": "--mixup-alpha 0 --kl-weight 4 --kl-warmup 0.9",
     "t1": "--temperature 1",
     "pgd_at": "--baseline pgd_at",
@@ -47,7 +48,7 @@ METHODS = {
     "paper": "--mixup-alpha 1 --temperature 1 --delta-init half --attack-mode train",
     "late": "--attack-mode train --kl-warmup 0 --lr-peak 0.4",
 }
-ABLATION = ("mixup", "kl", "kl4", "kl4ramp", "t1", "eval1", "paper")
+ABLATION = ("mixup", "kl", "kl4", "kl1to4", "kl4ramp", "t1", "eval1", "paper")
 LONG = "--width 16 --train-images 4000 --epochs 110 --batch-size 64 --measure-every 10"
 SHORT = "--width 16 --epochs 15 --lr-schedule cyclic --lr 0.2 --measure-every 5"
 LATE = f"{SHORT} {METHODS['late']}"
@@ -57,7 +58,7 @@ STEEP = (
     "--epsilon 16"
 )
 STEEP15_PARTS = (
-    "kl", "kl4", "kl4ramp", "paper", "rs_both", "n_both", "eval0", "eval1", "train8",
+    "kl", "kl4", "kl1to4", "kl4ramp", "paper", "rs_both", "n_both", "eval0", "eval1", "train8",
 )  # fmt: skip
 STEEP15 = f"{STEEP} --epochs 15 --on-collapse stop"  # a dead network is not trained further
 LONG16 = f"{LONG} --measure-every 5 --epsilon 16"
@@ -106,7 +107,7 @@ def cpu() -> list[Cell]:
         Cell(f"short-{method}-seed{seed}", f"{SHORT} {METHODS[method]} --seed {seed}", PGD_CW)
         for seed in range(2)
         for method in (
-            "both", "kl", "kl4", "kl4ramp", "n_fgsm", "fgsm_rs", "train", "eval0", "late",
+            "both", "kl", "kl4", "kl1to4", "kl4ramp", "n_fgsm", "fgsm_rs", "train", "eval0", "late",
         )
     ]  # fmt: skip
     cells += [Cell(f"fast-preset-seed{seed}", f"{FAST} --seed {seed}", PGD_CW) for seed in range(2)]
@@ -119,7 +120,7 @@ def cpu() -> list[Cell]:
     return cells + [
         Cell(f"short100-{method}-seed{seed}", f"{SHORT} {METHODS[method]} --seed {seed}", PGD_CW,
              classes=100)
-        for seed in range(2) for method in ("both", "kl", "kl4", "n_fgsm")
+        for seed in range(2) for method in ("both", "kl", "kl4", "kl1to4", "n_fgsm")
     ]  # fmt: skip
 
 
@@ -137,7 +138,7 @@ def gpu() -> list[Cell]:
              classes, f"{AUTOATTACK} --epsilon {eps} --batch-size 1000")
         for seed in range(3) for model in ("PreActResNet18", "ResNet18")
         for epochs in ("110", "30") for classes in (10, 100) for eps in (8, 16)
-        for method in ("both", "kl", "kl4", "n_fgsm", "fgsm_rs")
+        for method in ("both", "kl", "kl4", "kl1to4", "n_fgsm", "fgsm_rs")
     ]  # fmt: skip
     return cells + [
         Cell(f"gpu-{classes}-wide-30-eps8-both-seed0",

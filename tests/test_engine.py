@@ -58,9 +58,9 @@ class Batches:
 
 
 def one_step(model, x, y, args, average=None):
-    T, T_a = args.temperature[0], args.attack_temperature[0]
+    T, T_a, W = args.temperature[0], args.attack_temperature[0], args.kl_weight[0]
     return engine.mix_kl_step(
-        model, average, x, y, lam=LAM, T=T, T_a=T_a, attack=attack_of(args), args=args
+        model, average, x, y, lam=LAM, T=T, T_a=T_a, W=W, attack=attack_of(args), args=args
     )
 
 
@@ -221,7 +221,8 @@ def test_the_attack_raises_a_sum_so_that_half_precision_keeps_its_gradient(targe
             model.linear.weight *= 50  # logits that differ
         engine.mix_kl_step(
             model, None, x.repeat(n, 1, 1, 1), y.repeat(n), lam=torch.tensor(1.0),
-            T=torch.tensor(2.0), T_a=torch.tensor(2.0), attack=attack, args=args,
+            T=torch.tensor(2.0), T_a=torch.tensor(2.0), W=torch.tensor(1.0), attack=attack,
+            args=args,
         )  # fmt: skip
     assert losses[1] == pytest.approx(8 * losses[0], rel=1e-3) and losses[0] > 0
 
@@ -243,7 +244,7 @@ def test_the_reference_gets_no_gradient_and_is_the_right_pass(reference, batch):
     expected = utils.temperature_kl(model(adv), teacher, 2.0)
     torch.testing.assert_close(kl, expected)
     torch.testing.assert_close(grad, torch.autograd.grad(expected, model.linear.weight)[0])
-    torch.testing.assert_close(loss, hard + args.kl_weight * kl)
+    torch.testing.assert_close(loss, hard + 3 * kl)
 
 
 def test_a_clean_reference_with_its_own_hard_term_gets_no_gradient_from_the_kl(batch):
@@ -301,20 +302,27 @@ def test_every_weight_learns_under_autocast(reference, mode, dtype, batch):
     step = build(attack_of(args), 32)
     row = engine.train_one_epoch(step, Batches(*batch), resume.Progress(), args)
     assert all(not torch.equal(value, before[key]) for key, value in model.named_parameters())
-    assert row["loss"] == pytest.approx(row["hard_loss"] + args.kl_weight * row["kl"], rel=1e-3)
+    assert row["loss"] == pytest.approx(row["hard_loss"] + row["kl"], rel=1e-3)
 
 
-def test_the_weight_of_the_kl_term_rises_from_0_over_its_part_of_the_run(batch):
-    args = flags("--epochs", "2", "--batch-size", "32", "--kl-warmup", "0.5", "--kl-weight", "3")
+@pytest.mark.parametrize("words, weights", [
+    (["--kl-weight", "3", "--kl-warmup", "0.5"], [0, 1.5, 3, 3]),
+    (["--kl-weight", "1:5"], [1, 2, 3, 4]),
+    (["--kl-weight", "4:0", "--kl-warmup", "0.5"], [0, 1.5, 2, 1]),
+])  # fmt: skip
+def test_the_weight_of_the_kl_term_is_a_line_over_the_run_and_can_be_faded_in(
+    words, weights, batch
+):
+    args = flags("--epochs", "2", "--batch-size", "32", *words)
     model = SmallNet()
     build, _ = engine.prepare(model, Batches(*batch), args)
     step = build(attack_of(args), 32)
-    shares = []
+    found = []
     for epoch in (1, 2):
         for row in schedules.plan(args, epoch, 2, np.random.default_rng(0)):
             loss, hard, kl = step(torch.arange(32), torch.tensor(row))
-            shares.append(float((loss - hard) / kl))
-    assert shares == pytest.approx([0, 1.5, 3, 3], rel=1e-2, abs=1e-3)
+            found.append(float((loss - hard) / kl))
+    assert found == pytest.approx(weights, rel=1e-2, abs=1e-3)
 
 
 class Waits(TorchDispatchMode):
@@ -543,8 +551,9 @@ def test_engine_flags_need_nothing_else(batch):
     full = flags()
     args = SimpleNamespace(**{k: getattr(full, k) for k in [*names.split(), "label_smoothing"]})
     loss, _, _ = engine.mix_kl_step(
-        SmallNet().train(), None, *batch, lam=LAM, T=2.0, T_a=2.0, attack=attack_of(full), args=args
-    )
+        SmallNet().train(), None, *batch, lam=LAM, T=2.0, T_a=2.0, W=1.0, attack=attack_of(full),
+        args=args,
+    )  # fmt: skip
     assert loss.isfinite()
 
 

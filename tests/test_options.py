@@ -78,6 +78,9 @@ def test_sizes_are_in_units_of_1_255(text, value):
     ("--lr nan", "argument --lr"),
     ("--temperature 0", "temperatures are above 0"),
     ("--temperature 2:nan", "temperatures are above 0"),
+    ("--kl-weight 1:-1", "weights are 0 or more"),
+    ("--kl-weight inf", "weights are 0 or more"),
+    ("--kl-weight 1:2:3", "invalid weights value"),
     ("--ema-decay 1", "outside"),
     ("--baseline madry", "invalid choice"),
     ("--delta-init random", "'zero', 'uniform', 'half', 'noise'"),
@@ -118,10 +121,12 @@ def test_flags_that_contradict_each_other_are_refused(words, message):
     ("pgd_at", 3, "uniform", 10), ("trades", 3, "uniform", 10),
 ])  # fmt: skip
 def test_baselines_are_settings_that_explicit_flags_override(baseline, alpha, start, steps):
-    args = parse(f"--baseline {baseline} --epsilon 12", {"mixup_alpha": 0.3, "kl_weight": 9.0})
+    table = {"mixup_alpha": 0.3, "kl_weight": (9.0, 9.0)}
+    args = parse(f"--baseline {baseline} --epsilon 12", table)
     assert (args.alpha, args.delta_init, args.attack_steps) == (alpha, start, steps)
     assert args.mixup_alpha == 0 and args.attack_temperature == args.temperature == (1.0, 1.0)
-    assert args.kl_weight == (6 if baseline == "trades" else 0) and args.method == baseline
+    weight = 6 if baseline == "trades" else 0
+    assert args.kl_weight == (weight, weight) and args.method == baseline
     changed = parse(f"--baseline {baseline} --epsilon 12 --alpha 5 --mixup-alpha 0.7")
     assert (changed.alpha, changed.mixup_alpha) == (5, 0.7)
 
@@ -134,16 +139,17 @@ def test_baselines_attack_on_the_statistics_that_their_authors_attack_on():
 
 
 def test_a_preset_comes_before_the_script_and_after_baseline_and_explicit_flags():
-    fast = parse("--preset fast", {"epochs": 110, "kl_weight": 9.0})
+    fast = parse("--preset fast", {"epochs": 110, "kl_weight": (9.0, 9.0)})
     assert fast.image_sizes[-1] == 32 and fast.epochs < 15
     assert fast.image_sizes[0] < 32 and parse("").image_sizes == [32]
     assert parse("--preset fast --epochs 5").epochs == 5
-    method = dict(mixup_alpha=0, kl_weight=0, delta_init="noise", image_sizes=[16, 16, 24, 32])
+    method = dict(mixup_alpha=0, kl_weight=(0, 0), delta_init="noise")
+    sizes = dict(image_sizes=[16, 16, 24, 32], crop_padding=1)
     run = dict(epochs=13, lr=0.2, lr_schedule="cyclic", lr_peak=0.2, nesterov=True, ema_decay=0.99)
-    assert vars(fast) | method | run | dict(crop_padding=1) == vars(parse("--preset fast"))
+    assert vars(fast) | method | run | sizes == vars(parse("--preset fast"))
     assert (fast.method, parse("").method) == ("fast", "mix_kl")  # it names the run's folder
     trades = parse("--preset fast --baseline trades")
-    assert (trades.kl_weight, trades.epochs) == (6, fast.epochs)
+    assert (trades.kl_weight, trades.epochs) == ((6, 6), fast.epochs)
     assert trades.method == "trades"
 
 
@@ -155,7 +161,7 @@ def test_the_table_of_a_script_sets_defaults_and_knows_no_other_name():
 
 def test_each_part_of_the_method_has_a_flag_that_turns_it_off():
     args = parse("--mixup-alpha 0 --temperature 1 --kl-weight 0")
-    assert (args.mixup_alpha, args.kl_weight) == (0, 0)
+    assert (args.mixup_alpha, args.kl_weight) == (0, (0, 0))
     assert args.temperature == args.attack_temperature == (1.0, 1.0)
     assert parse("--temperature 4:1 --attack-temperature 3").attack_temperature == (3.0, 3.0)
 
@@ -198,7 +204,7 @@ def test_the_scripts_tables_are_made_of_flags(name):
     assert all(getattr(args, key) == value for key, value in module.DEFAULTS.items())
     lr, schedule = (0.1, "multistep") if name.endswith("10") else (0.2, "cyclic")
     assert (args.lr, args.lr_schedule, args.lr_peak) == (lr, schedule, 0.01)
-    assert (args.mixup_alpha, args.temperature, args.kl_weight) == (0.2, (2, 2), 1)
+    assert (args.mixup_alpha, args.temperature, args.kl_weight) == (0.2, (2, 2), (1, 1))
     assert (args.delta_init, args.kl_reference, args.epsilon, args.alpha) == (
         "noise",
         "start",

@@ -70,7 +70,7 @@ def losses_of_one_process(data_dir, epochs):
     losses = []
     for epoch in range(1, epochs + 1):
         rng = np.random.default_rng([0, epoch])
-        ((lr, T, T_a, lam, _, ramp),) = schedules.plan(args, epoch, 1, rng)
+        ((lr, T, T_a, W, lam, _),) = schedules.plan(args, epoch, 1, rng)
         (order,) = batches.shuffled(rng)
         optimizer.zero_grad()
         begun, ended, shares = [t.clone() for t in utils.statistics(model)], [], []
@@ -79,8 +79,8 @@ def losses_of_one_process(data_dir, epochs):
             put(begun, model)  # each process attacks on statistics of its own
             x, y = batches.load(order[rank::2])
             loss, _, _ = engine.mix_kl_step(
-                model.train(), None, x, y, lam=torch.tensor(lam), T=T, T_a=T_a, attack=attack,
-                args=args, ramp=ramp,
+                model.train(), None, x, y, lam=torch.tensor(lam), T=T, T_a=T_a, W=W,
+                attack=attack, args=args,
             )  # fmt: skip
             (loss / 2).backward()
             shares.append(loss.item())

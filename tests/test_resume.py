@@ -239,6 +239,14 @@ def test_flags_that_are_not_typed_so_are_named_as_they_are_typed():
         resume.check_flags(state, args)
 
 
+def test_a_state_of_one_kl_weight_is_one_of_a_constant_line():
+    args = Namespace(kl_weight=(2.0, 2.0), kl_warmup=0.0, allow_changed=False)
+    resume.check_flags({"args": {"kl_weight": 2.0, "allow_changed": False}}, args)
+    args.kl_weight = (2.0, 4.0)
+    with pytest.raises(ValueError, match=r"--kl-weight \(2.0, 2.0\) -> \(2.0, 4.0\)"):
+        resume.check_flags({"args": {"kl_weight": 2.0, "allow_changed": False}}, args)
+
+
 @pytest.mark.parametrize("before, after", [
     (["--ema-decay", "0"], ["--ema-decay", "0.9"]), (["--ema-decay", "0.9"], ["--ema-decay", "0"]),
     (["--precision", "fp32"], ["--precision", "fp16"]),
