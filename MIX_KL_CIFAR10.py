@@ -30,8 +30,9 @@ DEFAULTS = dict(
     batch_size=128,
     lr=0.1,
     lr_schedule="multistep",
-    mixup_alpha=0.2,
+    mixup_alpha=0.0,
     temperature=(2.0, 2.0),
+    kl_weight=(1.0, 4.0),
     ema_decay=0.999,
 )
 

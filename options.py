@@ -54,14 +54,14 @@ def add_method(parser: Parser) -> None:
         help="train another method instead: settings of the flags below")
     add("--preset", choices=presets.PRESETS,
         help="fast: 13 epochs on images that grow from 16 to 32 pixels, without Mixup and KL")
-    add("--mixup-alpha", type=number(0), default=0.2, metavar="A",
-        help="lam ~ Beta(A, A); 0 is no mixup (default %(default)s)")
+    add("--mixup-alpha", type=number(0), default=0.0, metavar="A",
+        help="Mixup with lam ~ Beta(A, A); 0 is none (default %(default)s)")
     add("--temperature", type=temperatures, default=(2.0, 2.0), metavar="T",
         help="T of the KL term: 2, or 4:1 for a line over the run")
     add("--attack-temperature", type=temperatures, metavar="T",
         help="T of the attack (default: that of --temperature)")
-    add("--kl-weight", type=weights, default=(1.0, 1.0), metavar="W",
-        help="weight of the KL term: 1, or 1:4 for a line over the run; 0 is none (default 1)")
+    add("--kl-weight", type=weights, default=(1.0, 4.0), metavar="W",
+        help="weight of the KL term: 1, or 1:4 for a line over the run; 0 is none (default 1:4)")
     add("--kl-warmup", type=number(0, 1), default=0.0, metavar="P", help="part of the run over "
         "which it is faded in from 0; --attack-mode eval wants one (default %(default)s)")
     add("--kl-reference", choices=("start", "clean", "ema"), default="start",

@@ -29,7 +29,7 @@ SETTINGS = {  # of the README's first table: what it is called, and the names of
     "16/255, full width": ("gpu-10-PreActResNet18-30-eps16-{}-seed*",),
 }
 EPOCHS = {"final": "last", "best": "best"}
-HEADLINE = ("fgsm_rs", "n_fgsm", "pgd_at", "paper", "both", "kl", "kl4", "kl4ramp")
+HEADLINE = ("fgsm_rs", "n_fgsm", "pgd_at", "paper", "kl1to4", "both", "kl", "kl4", "kl4ramp")
 
 
 def counted(row: dict) -> str:
@@ -186,7 +186,7 @@ def headline() -> list[str]:
 
 def preset() -> list[str]:
     """Return the table of ``--preset fast`` beside the runs of 15 epochs."""
-    late = "MIX-KL, attack mode train, KL weight 1, peak at 0.4"
+    late = "Mixup and KL 1, attack mode train, peak at 0.4"
     slow = study("short", runs.METHODS | {"late": late})
     return [*slow, *study("fast", {"preset": "`--preset fast`"})[2:]]
 

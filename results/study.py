@@ -27,26 +27,27 @@ from report import verdict_file
 
 HERE = Path(__file__).resolve().parent
 
+BOTH = "--mixup-alpha 0.2 --kl-weight 1"
 METHODS = {
     "fgsm_rs": "--baseline fgsm_rs",
     "n_fgsm": "--baseline n_fgsm",
-    "mixup": "--kl-weight 0 --temperature 1",
-    "kl": "--mixup-alpha 0",
-    "kl4": "--mixup-alpha 0 --kl-weight 4",
-    "kl1to4": "--mixup-alpha 0 --kl-weight 1:4",
-    "kl4ramp": "--mixup-alpha 0 --kl-weight 4 --kl-warmup 0.9",
-    "t1": "--temperature 1",
+    "mixup": "--mixup-alpha 0.2 --kl-weight 0 --temperature 1",
+    "kl": "--kl-weight 1",
+    "kl4": "--kl-weight 4",
+    "kl1to4": "--kl-weight 1:4",
+    "kl4ramp": "--kl-weight 4 --kl-warmup 0.9",
+    "t1": f"{BOTH} --temperature 1",
     "pgd_at": "--baseline pgd_at",
     "rs_both": "--baseline fgsm_rs --attack-mode both",
     "n_both": "--baseline n_fgsm --attack-mode both",
-    "both": "--attack-mode both --kl-weight 1",
-    "train": "--attack-mode train --kl-warmup 0",
-    "train8": "--attack-mode train --kl-warmup 0 --kl-weight 8",
-    "eval0": "--attack-mode eval --kl-weight 0",
-    "eval1": "--attack-mode eval --kl-weight 1 --kl-warmup 0.05",
+    "both": BOTH,
+    "train": f"{BOTH} --attack-mode train",
+    "train8": "--mixup-alpha 0.2 --kl-weight 8 --attack-mode train",
+    "eval0": "--mixup-alpha 0.2 --kl-weight 0 --attack-mode eval",
+    "eval1": f"{BOTH} --kl-warmup 0.05 --attack-mode eval",
     "fgsm_rs16": "--baseline fgsm_rs --alpha 16",
-    "paper": "--mixup-alpha 1 --temperature 1 --delta-init half --attack-mode train",
-    "late": "--attack-mode train --kl-warmup 0 --lr-peak 0.4",
+    "paper": "--mixup-alpha 1 --kl-weight 1 --temperature 1 --delta-init half --attack-mode train",
+    "late": f"{BOTH} --attack-mode train --lr-peak 0.4",
 }
 ABLATION = ("mixup", "kl", "kl4", "kl1to4", "kl4ramp", "t1", "eval1", "paper")
 LONG = "--width 16 --train-images 4000 --epochs 110 --batch-size 64 --measure-every 10"
@@ -138,11 +139,11 @@ def gpu() -> list[Cell]:
              classes, f"{AUTOATTACK} --epsilon {eps} --batch-size 1000")
         for seed in range(3) for model in ("PreActResNet18", "ResNet18")
         for epochs in ("110", "30") for classes in (10, 100) for eps in (8, 16)
-        for method in ("both", "kl", "kl4", "kl1to4", "n_fgsm", "fgsm_rs")
+        for method in ("kl1to4", "n_fgsm", "both", "kl", "kl4", "fgsm_rs")
     ]  # fmt: skip
     return cells + [
-        Cell(f"gpu-{classes}-wide-30-eps8-both-seed0",
-             f"{wide} {schedules['30']} {METHODS['both']}",
+        Cell(f"gpu-{classes}-wide-30-eps8-kl1to4-seed0",
+             f"{wide} {schedules['30']} {METHODS['kl1to4']}",
              f"{AUTOATTACK} --batch-size 500", classes=classes)
         for classes in (10, 100)
     ]  # fmt: skip

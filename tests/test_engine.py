@@ -268,7 +268,7 @@ def test_a_clean_reference_with_its_own_hard_term_gets_no_gradient_from_the_kl(b
 
 @pytest.mark.parametrize("words, cost", [
     ([], 5),
-    (["--attack-mode", "both"], 5),
+    (["--attack-mode", "both", "--mixup-alpha", "0.2"], 5),
     (["--kl-reference", "clean"], 6),
     (["--kl-reference", "ema"], 6),
     (["--baseline", "fgsm_rs"], 5),
@@ -295,14 +295,14 @@ def test_every_weight_learns_under_autocast(reference, mode, dtype, batch):
     """Autocast can hand a pass weights that another pass cast without a gradient."""
     model = build_model("PreActResNet18", num_classes=10, width=8)
     args = flags("--kl-reference", reference, "--epochs", "1", "--batch-size", "32",
-                 "--attack-mode", mode)  # fmt: skip
+                 "--attack-mode", mode, "--mixup-alpha", "0.2", "--kl-weight", "2")  # fmt: skip
     args.dtype = dtype
     before = {key: value.clone() for key, value in model.named_parameters()}
     build, _ = engine.prepare(model, Batches(*batch), args)
     step = build(attack_of(args), 32)
     row = engine.train_one_epoch(step, Batches(*batch), resume.Progress(), args)
     assert all(not torch.equal(value, before[key]) for key, value in model.named_parameters())
-    assert row["loss"] == pytest.approx(row["hard_loss"] + row["kl"], rel=1e-3)
+    assert row["loss"] == pytest.approx(row["hard_loss"] + 2 * row["kl"], rel=1e-3)
 
 
 @pytest.mark.parametrize("words, weights", [
@@ -344,7 +344,8 @@ class Waits(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("words", [
-    [], ["--attack-mode", "both"], ["--kl-reference", "ema"], ["--baseline", "trades"],
+    [], ["--attack-mode", "both", "--mixup-alpha", "0.2"], ["--kl-reference", "ema"],
+    ["--baseline", "trades"],
 ])  # fmt: skip
 def test_nothing_in_a_step_waits_for_the_device(words, batch):
     model = build_model("PreActResNet18", num_classes=10, width=8)

@@ -54,7 +54,7 @@ def losses(compile_, words, dtype, batch, steps=6):
 @pytest.mark.parametrize("words, dtype", [
     (["--attack-mode", "eval"], torch.float32),
     (["--attack-mode", "train"], torch.float32),
-    (["--attack-mode", "both"], torch.float32),
+    (["--attack-mode", "both", "--mixup-alpha", "0.2"], torch.float32),
     (["--attack-mode", "both"], torch.bfloat16),
     (["--attack-mode", "both"], torch.float16),
     (["--kl-reference", "ema"], torch.float32),

@@ -204,7 +204,7 @@ def test_the_scripts_tables_are_made_of_flags(name):
     assert all(getattr(args, key) == value for key, value in module.DEFAULTS.items())
     lr, schedule = (0.1, "multistep") if name.endswith("10") else (0.2, "cyclic")
     assert (args.lr, args.lr_schedule, args.lr_peak) == (lr, schedule, 0.01)
-    assert (args.mixup_alpha, args.temperature, args.kl_weight) == (0.2, (2, 2), (1, 1))
+    assert (args.mixup_alpha, args.temperature, args.kl_weight) == (0, (2, 2), (1, 4))
     assert (args.delta_init, args.kl_reference, args.epsilon, args.alpha) == (
         "noise",
         "start",

@@ -29,6 +29,7 @@ from models import build_model
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 TINY = ["--width", "8", "--held-out", "40", "--batch-size", "32", "--precision", "fp32"]
+TINY += ["--mixup-alpha", "0.2"]
 
 
 def together(cwd, *words):

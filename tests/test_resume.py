@@ -27,6 +27,7 @@ from models import build_model
 
 TINY = ["--width", "8", "--epochs", "3", "--batch-size", "20", "--held-out", "20"]
 TINY += ["--save-every", "0", "--train-images", "200", "--precision", "fp32"]
+TINY += ["--mixup-alpha", "0.2"]
 GROWING = ["--image-sizes", "16", "24", "32"]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
