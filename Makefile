@@ -9,7 +9,7 @@ BIN = .venv/bin
 demo: .venv/ready
 	rm -rf output/demo
 	$(BIN)/python MIX_KL_CIFAR10.py --synthetic --run-name demo --width 8 --epochs 5 --held-out 200 \
-		--batch-size 64 --lr-schedule cyclic --lr-peak 0.4
+		--batch-size 64 --lr-schedule cyclic --lr-peak 0.4 --kl-weight 1
 	$(BIN)/python test_cifar10.py --synthetic --model_path output/demo/final_model.pth \
 		--out_dir output/demo --n-examples 250
 	@echo "curves: output/demo/curves.png"
