@@ -41,21 +41,18 @@ def count(low: int = 1, high: int = 2**31 - 1) -> Callable[[str], int]:
 
 def temperatures(text: str) -> tuple[float, float]:
     """Return first and last temperature from ``2`` (constant) or ``4:1`` (a line over the run)."""
-    values = ends(text)
-    if not all(0 < value < math.inf for value in values):
-        raise argparse.ArgumentTypeError(f"{text}: temperatures are above 0")
-    return values
+    return ends(text, lambda value: value > 0, "temperatures are above 0")
 
 
 def weights(text: str) -> tuple[float, float]:
     """Return first and last weight from ``1`` (constant) or ``1:4`` (a line over the run)."""
-    values = ends(text)
-    if not all(0 <= value < math.inf for value in values):
-        raise argparse.ArgumentTypeError(f"{text}: weights are 0 or more")
-    return values
+    return ends(text, lambda value: value >= 0, "weights are 0 or more")
 
 
-def ends(text: str) -> tuple[float, float]:
-    """Return both numbers of ``4:1``, or twice the one of ``2``."""
+def ends(text: str, fits: Callable[[float], bool], rule: str) -> tuple[float, float]:
+    """Return both numbers of ``4:1``, or twice the one of ``2``; all are finite and fit."""
     first, _, last = text.partition(":")
-    return float(first), float(last or first)
+    values = float(first), float(last or first)
+    if not all(fits(value) and math.isfinite(value) for value in values):
+        raise argparse.ArgumentTypeError(f"{text}: {rule}")
+    return values
