@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import parallel
 import presets
 from values import count, number, pixels, temperatures, weights
 
@@ -277,7 +278,12 @@ def run(main: Callable[[list[str]], None]) -> None:
         if "--debug" in argv:
             raise
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(getattr(error, "exit_code", 2))
+        status = getattr(error, "exit_code", 2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        status = 130
+    except SystemExit as stop:
+        status = stop.code
+    else:
+        return
+    parallel.leave(status)

@@ -51,7 +51,7 @@ MAY_IMPORT = {
     "files": set(),
     "graph": set(),
     "keeper": {"checkpoint", "files", "parallel", "resume"},
-    "options": {"presets", "values"},
+    "options": {"parallel", "presets", "values"},
     "parallel": {"utils"},
     "pictures": {"attacks", "plots", "utils"},
     "plots": set(),

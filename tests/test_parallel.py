@@ -237,6 +237,30 @@ def test_an_error_between_processes_is_called_what_it_is(text, says):
     assert text[-20:] in str(found.value)
 
 
+@pytest.mark.parametrize("end, status", [(ValueError("no"), 2), (SystemExit(143), 143)])
+def test_among_others_a_process_ends_without_unwinding_the_interpreter(monkeypatch, end, status):
+    """Else the threads of its connections abort it, in one of six refused runs that were counted.
+
+    The stand-in for os._exit raises: a second exit, by the interpreter, would be seen.
+    """
+
+    class Left(BaseException):
+        pass
+
+    def main(_):
+        raise end
+
+    def leave(code):
+        raise Left(code)
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr(sys, "argv", ["MIX_KL_CIFAR10.py"])
+    with pytest.raises(Left) as left:
+        options.run(main)
+    assert left.value.args == (status,)
+
+
 def test_a_single_process_shares_with_nobody():
     assert (parallel.rank(), parallel.size()) == (0, 1)
     items = torch.arange(5.0)
