@@ -49,7 +49,7 @@ METHODS = {
     "paper": "--mixup-alpha 1 --kl-weight 1 --temperature 1 --delta-init half --attack-mode train",
     "late": f"{BOTH} --attack-mode train --lr-peak 0.4",
 }
-ABLATION = ("mixup", "kl", "kl4", "kl1to4", "kl4ramp", "t1", "eval1", "paper")
+ABLATION = ("mixup", "kl", "kl4", "kl1to4", "kl4ramp", "n_both", "t1", "eval1", "paper")
 LONG = "--width 16 --train-images 4000 --epochs 110 --batch-size 64 --measure-every 10"
 SHORT = "--width 16 --epochs 15 --lr-schedule cyclic --lr 0.2 --measure-every 5"
 LATE = f"{SHORT} {METHODS['late']}"
