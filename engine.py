@@ -171,8 +171,8 @@ def train_one_epoch(
     parallel.average_([means])
     loss, hard, kl = means.tolist()
     return {
-        "epoch": epoch, "lr": rows[-1][0], "temperature": rows[-1][1], "loss": loss,
-        "hard_loss": hard, "kl": kl, "train_seconds": time.perf_counter() - started,
+        "epoch": epoch, "lr": rows[-1][0], "temperature": rows[-1][1], "kl_weight": rows[-1][3],
+        "loss": loss, "hard_loss": hard, "kl": kl, "train_seconds": time.perf_counter() - started,
     }  # fmt: skip
 
 

@@ -524,10 +524,12 @@ def test_a_loss_that_is_not_finite_ends_the_run(tiny_run):
 
 def test_the_schedules_reach_the_optimiser(tiny_run):
     words = ["--lr", "0.4", "--lr-schedule", "cyclic", "--lr-peak", "0.5", "--temperature", "4:1"]
+    words += ["--kl-weight", "0:6"]
     _, rows, _ = tiny_run("lr", *words)
     # The log holds the last batch's: progress 1/6, 3/6, 5/6 of three epochs of two batches.
     assert [float(row["lr"]) for row in rows] == pytest.approx([0.4 / 3, 0.4, 0.4 / 3])
     assert [float(row["temperature"]) for row in rows] == pytest.approx([3.5, 2.5, 1.5])
+    assert [float(row["kl_weight"]) for row in rows] == pytest.approx([1, 3, 5])
 
 
 def test_the_line_of_an_epoch_shows_percentages():
