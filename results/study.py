@@ -32,6 +32,7 @@ METHODS = {
     "fgsm_rs": "--baseline fgsm_rs",
     "n_fgsm": "--baseline n_fgsm",
     "mixup": "--mixup-alpha 0.2 --kl-weight 0 --temperature 1",
+    "kl0": "--kl-weight 0",
     "kl": "--kl-weight 1",
     "kl4": "--kl-weight 4",
     "kl1to4": "--kl-weight 1:4",
@@ -49,7 +50,7 @@ METHODS = {
     "paper": "--mixup-alpha 1 --kl-weight 1 --temperature 1 --delta-init half --attack-mode train",
     "late": f"{BOTH} --attack-mode train --lr-peak 0.4",
 }
-ABLATION = ("mixup", "kl", "kl4", "kl1to4", "kl4ramp", "n_both", "t1", "eval1", "paper")
+ABLATION = ("mixup", "kl0", "kl", "kl4", "kl1to4", "kl4ramp", "t1", "eval1", "paper")
 LONG = "--width 16 --train-images 4000 --epochs 110 --batch-size 64 --measure-every 10"
 SHORT = "--width 16 --epochs 15 --lr-schedule cyclic --lr 0.2 --measure-every 5"
 LATE = f"{SHORT} {METHODS['late']}"
@@ -59,7 +60,8 @@ STEEP = (
     "--epsilon 16"
 )
 STEEP15_PARTS = (
-    "kl", "kl4", "kl1to4", "kl4ramp", "paper", "rs_both", "n_both", "eval0", "eval1", "train8",
+    "kl0", "kl", "kl4", "kl1to4", "kl4ramp", "paper", "rs_both", "n_both", "eval0", "eval1",
+    "train8",
 )  # fmt: skip
 STEEP15 = f"{STEEP} --epochs 15 --on-collapse stop"  # a dead network is not trained further
 LONG16 = f"{LONG} --measure-every 5 --epsilon 16"
