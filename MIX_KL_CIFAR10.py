@@ -1,4 +1,4 @@
-"""Train a robust CIFAR-10 classifier with MIX-KL: Mixup, temperature-scaled KL, one FGSM step.
+"""Train a robust CIFAR-10 classifier with MIX-KL: FGSM, temperature-scaled KL, optional Mixup.
 
     python3 MIX_KL_CIFAR10.py --out_dir ./output/ --data-dir cifar-data
 

@@ -171,7 +171,7 @@ def train_one_epoch(
     parallel.average_([means])
     loss, hard, kl = means.tolist()
     return {
-        "epoch": epoch, "lr": rows[-1][0], "temperature": rows[-1][1], "kl_weight": rows[-1][3],
+        "epoch": epoch, "lr": rows[-1].lr, "temperature": rows[-1].T, "kl_weight": rows[-1].W,
         "loss": loss, "hard_loss": hard, "kl": kl, "train_seconds": time.perf_counter() - started,
     }  # fmt: skip
 
@@ -209,7 +209,7 @@ def prepare(
         )
         if alone_on_gpu and args.compile != "off":
             with device:
-                example = torch.arange(args.batch_size), torch.ones(len(schedules.COLUMNS))
+                example = torch.arange(args.batch_size), torch.ones(len(schedules.Row._fields))
             untouched = scaler.state_dict()
             step = graph.captured(step, example, parts.tensors())
             scaler.load_state_dict(untouched)
@@ -279,22 +279,22 @@ def train(
         while progress.epoch <= args.epochs and not rollback.stopped(progress, args):
             row = train_one_epoch(step_of(progress), batches, progress, args, watch.after_step)
             parallel.average_(parts.statistics())
-            measured = record.due(row["epoch"], args)
+            measured = record.to_measure(row["epoch"], args)
             row |= record.accuracies(model, average, measure if measured else record.unmeasured)
             progress.rows.append(row)
             row["collapse"] = int(record.collapsed(progress.rows))
             row |= rollback.columns(progress, args)
             watch.check()
-            due = watch.due(measured)
+            keep = watch.keeps(measured)
             if folder is None or watch.attempt(partial(
                 record.epoch, folder, progress.rows, model, average and average.model, facts,
-                is_best=record.score(row) > progress.best, due=due,
+                is_best=record.score(row) > progress.best, keep=keep,
             )):  # fmt: skip
                 progress.best = max(progress.best, record.score(row))
             print(record.line(row, args.epochs), flush=True)
             rollback.follow(progress, parts, args)
             progress.next_epoch()
-            watch.after_epoch(due)
+            watch.after_epoch(keep)
     watch.close()
     if reason := rollback.stopped(progress, args):
         print(f"stopped after epoch {progress.rows[-1]['epoch']}: {reason}", flush=True)

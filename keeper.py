@@ -96,7 +96,7 @@ class Keeper:
             self.save()
         self.stop_if(heard)
 
-    def due(self, measured: bool) -> bool:
+    def keeps(self, measured: bool) -> bool:
         """Return whether an epoch writes its files and the state; all processes say the same.
 
         On a GPU an epoch may take as long as two writes: after the first, one that was not measured
@@ -105,18 +105,18 @@ class Keeper:
         """
         pressing = measured or self.progress.epoch == 1 or self.failure or self.heard
         old = time.monotonic() - self.written > 60 * min(1, self.args.save_every)
-        return any(parallel.maxima(int(bool(pressing or old))))
+        return parallel.anywhere(pressing or old)
 
-    def after_epoch(self, due: bool) -> None:
-        """Save where it is due, and stop where a signal was heard meanwhile.
+    def after_epoch(self, keep: bool) -> None:
+        """Save where its files were written, and stop where a signal was heard meanwhile.
 
         Where the epoch's own files could not be written, the state stays the one before them: a run
         that goes on from it writes them again.
         """
-        if not due:  # a signal since then is seen after the next step
+        if not keep:  # a signal since then is seen after the next step
             return
         self.written = time.monotonic()
-        if not any(parallel.maxima(int(bool(self.failure)))):
+        if not parallel.anywhere(self.failure):
             self.save()
         self.stop_if(*parallel.maxima(self.heard))
 

@@ -58,7 +58,7 @@ def add_method(parser: Parser) -> None:
     add("--mixup-alpha", type=number(0), default=0.0, metavar="A",
         help="Mixup with lam ~ Beta(A, A); 0 is none (default %(default)s)")
     add("--temperature", type=temperatures, default=(2.0, 2.0), metavar="T",
-        help="T of the KL term: 2, or 4:1 for a line over the run")
+        help="T of the KL term: 2, or 4:1 for a line over the run (default 2)")
     add("--attack-temperature", type=temperatures, metavar="T",
         help="T of the attack (default: that of --temperature)")
     add("--kl-weight", type=weights, default=(1.0, 4.0), metavar="W",
@@ -87,7 +87,8 @@ def add_method(parser: Parser) -> None:
     add("--delta-init", choices=("zero", "uniform", "half", "noise"), default="noise",
         help="start: 0, U(-E, E), +-E/2, or U(-2E, 2E) unprojected (default %(default)s)")
     add("--attack-target", choices=("labels", "clean"), default="labels",
-        help="raise the KL to the labels, or to the clean prediction as TRADES does")
+        help="raise the KL to the labels, or to the clean prediction as TRADES does (default "
+        "%(default)s)")
     add("--attack-mode", choices=("eval", "train", "both"), default="both",
         help="batch norm of the attack: running statistics, the batch's, or half of the images "
         "each, with the KL to the start on the latter's half (default %(default)s; train for "
@@ -113,7 +114,8 @@ def add_optimisation(parser: Parser) -> None:
         help="images a step, of all processes together (default %(default)s)")
     add("--lr", "--lr-max", type=number(0), default=0.1,
         help="highest learning rate (default %(default)s)")
-    add("--lr-min", type=number(0), default=0.0, help="lowest, where the schedule has one")
+    add("--lr-min", type=number(0), default=0.0,
+        help="lowest, where the schedule has one (default %(default)s)")
     add("--lr-schedule", choices=("multistep", "cyclic", "onecycle", "cosine", "constant"),
         default="multistep", help="multistep: a tenth from 99/110 of the run on, a hundredth from "
         "104/110; cyclic: a triangle (default %(default)s)")
@@ -124,7 +126,8 @@ def add_optimisation(parser: Parser) -> None:
         help="Nesterov's form of momentum (default: not)")
     add("--weight-decay", type=number(0), default=5e-4, help="of SGD (default %(default)s)")
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
-        help="of training; auto: bf16 where it is faster. Measuring is always fp32")
+        help="of training; auto: bf16 where it is faster. Measuring is always fp32 (default "
+        "%(default)s)")
     add("--compile", choices=("auto", "on", "off"), default="auto",
         help="the training step as one CUDA graph; auto: on a single GPU (default %(default)s)")
 
@@ -253,7 +256,7 @@ def measuring_parser(doc: str) -> Parser:
     add("--model", help="network of a file that does not name it (a bare state dict)")
     add("--width", type=count(), metavar="C", help="its width, where it is a ResNet and not 64")
     add("--normalize", choices=("dataset", "none"), default="dataset",
-        help="what the images go through in such a network (default: the dataset's statistics)")
+        help="what the images go through in such a network (default dataset: its statistics)")
     add("--batch-size", type=count(), default=256, help="images at a time (default %(default)s)")
     add_shared(parser)
     return parser

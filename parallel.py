@@ -202,6 +202,11 @@ def maxima(*numbers: int) -> list[int]:
     return tensor.tolist()
 
 
+def anywhere(flag: object) -> bool:
+    """Return whether something is true, or there, in any process."""
+    return any(maxima(int(bool(flag))))
+
+
 def gathered(item: object) -> list[object]:
     """Return what each process gives, in the order of their ranks."""
     found = [item] * size()

@@ -86,13 +86,13 @@ def removed_if_refused(folder: Path | None) -> Iterator[None]:
         raise
 
 
-def due(epoch: int, args: Namespace) -> bool:
+def to_measure(epoch: int, args: Namespace) -> bool:
     """Return whether an epoch is measured: each ``--measure-every``-th, and the last."""
     return epoch % args.measure_every == 0 or epoch == args.epochs
 
 
 def unmeasured(_: nn.Module) -> dict[str, None]:
-    """Measure nothing: the accuracies of an epoch that is not due, empty in the log."""
+    """Measure nothing: the accuracies of an epoch that is left out, empty in the log."""
     return dict.fromkeys(MEASURED)
 
 
@@ -194,12 +194,12 @@ def epoch(
     facts: dict[str, object],
     *,
     is_best: bool,
-    due: bool = True,
+    keep: bool = True,
 ) -> None:
-    """Write the log; where it is due, curves and the epoch as the final and perhaps as the best."""
+    """Write the log; if asked to, curves, and the epoch as the final and perhaps as the best."""
     row = rows[-1]
     write_log(folder / "log.csv", rows)
-    if not due:
+    if not keep:
         return
     collapses = [row["epoch"] for row in rows if row["collapse"]]
     files.write(folder / "curves.png", lambda file: plots.curves(live(rows), collapses, file))

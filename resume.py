@@ -208,6 +208,13 @@ def find(args: Namespace, default: str) -> Path | None:
     return next((p for p in states if p.exists() or files.previous(p).exists()), None)
 
 
+def typed(value: object) -> str:
+    """Return the value of a flag as a command line gives it."""
+    if isinstance(value, tuple):
+        return ":".join(f"{end:g}" for end in dict.fromkeys(value))
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
 def check_flags(state: dict[str, object], args: Namespace) -> None:
     """Print which flags changed since a state was saved.
 
@@ -222,7 +229,7 @@ def check_flags(state: dict[str, object], args: Namespace) -> None:
     changed = {key: pair for key, pair in changed.items() if pair[0] != pair[1]}
     names = {"dtype": "precision", "processes": "nproc-per-node of torchrun"}
     flags = {key: names.get(key, key.replace("_", "-")) for key in changed}
-    text = ", ".join(f"--{flags[key]} {a} -> {b}" for key, (a, b) in changed.items())
+    text = ", ".join(f"--{flags[key]} {typed(a)} -> {typed(b)}" for key, (a, b) in changed.items())
     if changed and not args.allow_changed:
         raise ValueError(
             f"--resume: flags that change the run: {text}; give them as before, or --allow-changed"

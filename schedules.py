@@ -3,13 +3,24 @@
 import math
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 import utils
 
 Schedule = Callable[[float], float]  # progress of the run in [0, 1] -> value
-COLUMNS = ("lr", "T", "T_a", "W", "lam", "pull")  # of the plan
+
+
+class Row(NamedTuple):
+    """What changes from step to step."""
+
+    lr: float
+    T: float  # temperature of the KL term
+    T_a: float  # that of the attack
+    W: float  # weight of the KL term
+    lam: float  # weight of an image in its mixture
+    pull: float  # of the weight average
 
 
 def multistep(lr: float) -> Schedule:
@@ -57,14 +68,10 @@ def stage(values: Sequence[int], epoch: int, epochs: int) -> int:
     return values[(epoch - 1) * len(values) // epochs]
 
 
-def plan(
-    args: Namespace, epoch: int, steps: int, rng: np.random.Generator
-) -> list[tuple[float, ...]]:
-    """Return what changes from step to step, a row of ``COLUMNS`` each.
+def plan(args: Namespace, epoch: int, steps: int, rng: np.random.Generator) -> list[Row]:
+    """Return a row for each step of an epoch, from 1.
 
-    They are the learning rate, the temperatures of the KL term and of the attack, the weight of the
-    KL term, that of an image in its mixture and the pull of the weight average: the same in every
-    process, since flags, epoch and ``rng`` alone decide.
+    They are the same in every process, since flags, epoch and ``rng`` alone decide.
     """
     lr_at = SCHEDULES[args.lr_schedule](args.lr, args.lr_min, args.lr_peak)
     T_at, T_a_at = line(*args.temperature), line(*args.attack_temperature)
@@ -74,5 +81,5 @@ def plan(
     for step in range(steps):
         t, done = (epoch - 1 + step / steps) / args.epochs, (epoch - 1) * steps + step
         W, pull = ramp(t, args.kl_warmup) * W_at(t), utils.pull(args.ema_decay, done)
-        rows.append((lr_at(t), T_at(t), T_a_at(t), W, lam[step], pull))
+        rows.append(Row(lr_at(t), T_at(t), T_a_at(t), W, lam[step], pull))
     return rows

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import attacks
 import data
 import engine
+import keeper
 import options
 import record
 import resume
@@ -308,6 +309,8 @@ def test_every_weight_learns_under_autocast(reference, mode, dtype, batch):
 @pytest.mark.parametrize("words, weights", [
     (["--kl-weight", "3", "--kl-warmup", "0.5"], [0, 1.5, 3, 3]),
     (["--kl-weight", "1:5"], [1, 2, 3, 4]),
+    (["--kl-weight", "0:4"], [0, 1, 2, 3]),
+    (["--kl-weight", "0:4", "--kl-reference", "clean"], [0, 1, 2, 3]),
     (["--kl-weight", "4:0", "--kl-warmup", "0.5"], [0, 1.5, 2, 1]),
 ])  # fmt: skip
 def test_the_weight_of_the_kl_term_is_a_line_over_the_run_and_can_be_faded_in(
@@ -356,7 +359,7 @@ def test_nothing_in_a_step_waits_for_the_device(words, batch):
     build, _ = engine.prepare(model, batches, args)
     step = build(attack_of(args), 32)
     with Waits() as waits:
-        step(torch.arange(32), torch.ones(len(schedules.COLUMNS)))
+        step(torch.arange(32), torch.ones(len(schedules.Row._fields)))
     assert waits.seen == []
     with Waits() as waits:  # the planted ones are seen
         torch.ones(1).item(), float(torch.ones(1)), torch.ones(2)[torch.tensor([True, False])]
@@ -497,7 +500,7 @@ def test_a_run_that_ends_in_an_unmeasured_epoch_leaves_a_checkpoint_that_opens(t
     )
     facts = dict(model="small", num_classes=10, dataset="none", width=None,
                  mean=(0.5, 0.5, 0.5), std=(1.0, 1.0, 1.0))  # fmt: skip
-    record.epoch(tmp_path, [row], SmallNet(), None, facts, is_best=False, due=False)
+    record.epoch(tmp_path, [row], SmallNet(), None, facts, is_best=False, keep=False)
     assert [path.name for path in tmp_path.iterdir()] == ["log.csv"]
     record.epoch(tmp_path, [row], SmallNet(), None, facts, is_best=False)
     final = checkpoint.load(tmp_path / "final_model.pth")
@@ -515,6 +518,13 @@ def test_the_same_seed_gives_the_same_log_but_for_seconds(tiny_run):
         without_seconds(tiny_run(str(i), "--seed", seed)[1]) for i, seed in enumerate("001")
     )
     assert first == second != other
+
+
+def test_the_state_is_saved_in_the_first_and_in_each_measured_epoch(tiny_run, monkeypatch):
+    saved = []
+    monkeypatch.setattr(keeper.Keeper, "save", lambda watch: saved.append(watch.progress.epoch))
+    tiny_run("saves", "--epochs", "5", "--measure-every", "2")
+    assert saved == [2, 3, 5, 6]  # the epochs that follow them
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tiny_run):

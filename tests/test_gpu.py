@@ -13,6 +13,7 @@ from test_scripts import read_log, shell
 import data
 import engine
 import evaluation
+import schedules
 from models import build_model
 
 pytestmark = [
@@ -40,7 +41,7 @@ def losses(compile_, words, dtype, batch, steps=6):
     spoilt = [torch.full((size,), 77, device="cuda") for size in (32, 64, 4096, 2**20)]
     torch.manual_seed(1)
     index = torch.arange(32, device="cuda")
-    row = torch.tensor([0.05, 2.0, 2.0, 0.7, 0.1, 1.0], device="cuda")
+    row = torch.tensor(schedules.Row(lr=0.05, T=2, T_a=2, W=1, lam=0.7, pull=0.1), device="cuda")
     step(index, row)
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -1,5 +1,6 @@
 """The command line: its flags are frozen, both spellings work, and mistakes get one line."""
 
+import argparse
 import importlib
 import re
 import subprocess
@@ -28,6 +29,20 @@ half --out_dir o --seed 0 --lamda 12 --early-stop --factor 0.7 --mixup-alpha 1.0
 
 def parse(words, defaults=None):
     return options.parse_training(words.split(), "doc", defaults or {})
+
+
+def test_the_help_names_every_default():
+    for parser in (options.training_parser("doc", {}), options.measuring_parser("doc")):
+        for action in parser._actions:
+            if action.default in (None, False, argparse.SUPPRESS):
+                continue
+            value = action.default
+            if isinstance(value, tuple):
+                value = ":".join(f"{end:g}" for end in dict.fromkeys(value))
+            elif isinstance(value, (list, float)):
+                value = value[0] if isinstance(value, list) else f"{value:g}"
+            shown = parser._get_formatter()._expand_help(action)
+            assert re.search(rf"default:? {value}\b", shown), action.option_strings
 
 
 def test_the_flags_are_frozen():

@@ -1,6 +1,7 @@
 """Processes that train together: real ones, started by torchrun, talking over gloo."""
 
 import csv
+import io
 import json
 import os
 import re
@@ -248,17 +249,19 @@ def test_among_others_a_process_ends_without_unwinding_the_interpreter(monkeypat
         pass
 
     def main(_):
+        print("said before", end="")
         raise end
 
     def leave(code):
-        raise Left(code)
+        raise Left(code, sys.stdout.buffer.getvalue())
 
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO()))  # as a pipe is: held back
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(os, "_exit", leave)
     monkeypatch.setattr(sys, "argv", ["MIX_KL_CIFAR10.py"])
     with pytest.raises(Left) as left:
         options.run(main)
-    assert left.value.args == (status,)
+    assert left.value.args == (status, b"said before")
 
 
 def test_a_single_process_shares_with_nobody():

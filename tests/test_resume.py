@@ -244,7 +244,7 @@ def test_a_state_of_one_kl_weight_is_one_of_a_constant_line():
     args = Namespace(kl_weight=(2.0, 2.0), kl_warmup=0.0, allow_changed=False)
     resume.check_flags({"args": {"kl_weight": 2.0, "allow_changed": False}}, args)
     args.kl_weight = (2.0, 4.0)
-    with pytest.raises(ValueError, match=r"--kl-weight \(2.0, 2.0\) -> \(2.0, 4.0\)"):
+    with pytest.raises(ValueError, match="--kl-weight 2 -> 2:4;"):
         resume.check_flags({"args": {"kl_weight": 2.0, "allow_changed": False}}, args)
 
 
@@ -328,7 +328,30 @@ def test_an_epoch_that_takes_seconds_is_written_where_it_matters(
     measured, progress.epoch = changed.pop("measured", False), changed.pop("epoch", 2)
     for name, value in changed.items():
         setattr(watch, name, value)
-    assert watch.due(measured) is due
+    assert watch.keeps(measured) is due
+
+
+def test_where_one_process_has_a_reason_to_write_all_of_them_do(watched, monkeypatch):
+    watch, progress = watched
+    progress.epoch = 2
+    assert not watch.keeps(False)
+    monkeypatch.setattr(keeper.parallel, "maxima", lambda *mine: [1] * len(mine))
+    assert watch.keeps(False)
+
+
+@pytest.mark.parametrize("save_every, written", [(15, [4, 7, 10]), (0.5, [3, 5, 7, 9])])
+def test_epochs_that_are_not_measured_are_written_a_minute_apart_or_sooner(
+    watched, monkeypatch, save_every, written
+):
+    watch, progress = watched
+    watch.args.save_every = save_every
+    now, found = [watch.written], []
+    monkeypatch.setattr(keeper.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(watch, "save", lambda: found.append(progress.epoch))
+    for progress.epoch in range(2, 11):  # the first is always written
+        now[0] += 25
+        watch.after_epoch(watch.keeps(measured=False))
+    assert found == written
 
 
 @pytest.mark.parametrize("due", [True, False])
