@@ -20,16 +20,34 @@ import plots
 from report import wilson
 
 PAGES = (runs.HERE.parent / "README.md", runs.HERE / "README.md")
-SETTINGS = {  # of the README's first table: what it is called, and the names of its folders
-    "16/255, slow warm-up": ("steep15-{}-seed*",),
-    "16/255, long": ("long16-{}-seed*",),
-    "8/255, long": ("long-{}-seed*",),
-    "8/255, all images": ("short-{}-seed*", "cifar10-{}"),
-    "8/255, full width": ("gpu-10-PreActResNet18-30-eps8-{}-seed*",),
-    "16/255, full width": ("gpu-10-PreActResNet18-30-eps16-{}-seed*",),
+MAIN = ("fgsm_rs", "n_fgsm", "pgd_at", "paper", "kl1to4", "kl")
+OLDER = ("fgsm_rs", "n_fgsm", "pgd_at", "both")  # where today's defaults are not measured
+SETTINGS = {  # of the README's first table: what it is called, its methods, names of its folders
+    "16/255, slow warm-up": (MAIN, ("steep15-{}-seed*",)),
+    "16/255, long": (OLDER, ("long16-{}-seed*",)),
+    "8/255, long": (MAIN, ("long-{}-seed*",)),
+    "8/255, all images": (MAIN, ("short-{}-seed*", "cifar10-{}")),
+    "8/255, CIFAR-100": (MAIN, ("short100-{}-seed*",)),
+    "8/255, full width": (OLDER, ("gpu-10-PreActResNet18-30-eps8-{}-seed*",)),
+    "16/255, full width": (OLDER, ("gpu-10-PreActResNet18-30-eps16-{}-seed*",)),
 }
 EPOCHS = {"final": "last", "best": "best"}
-HEADLINE = ("fgsm_rs", "n_fgsm", "pgd_at", "paper", "kl1to4", "both", "kl", "kl4", "kl4ramp")
+PARTS = {  # of the method: the cells with it, and those without it
+    "Mixup 0.2, beside KL 1": ("both", "kl"),
+    "KL 1": ("kl", "kl0"),
+    "KL 1 to 4": ("kl1to4", "kl0"),
+    "KL 1 to 4 in place of KL 1": ("kl1to4", "kl"),
+    "T = 2 in place of 1, with Mixup and KL 1": ("both", "t1"),
+    "attack mode `both`, with Mixup and KL 1": ("both", "train"),
+    "attack mode `both`, on N-FGSM": ("n_both", "n_fgsm"),
+}
+PLACES = {  # where they are compared: prefix of the cells, checkpoint
+    "16/255, slow warm-up": ("steep15", "final"),
+    "8/255, long, last": ("long", "final"),
+    "8/255, long, best": ("long", "best"),
+    "8/255, all images": ("short", "final"),
+}
+STUDENT = {3: 4.30, 4: 3.18, 5: 2.78}  # 97.5 % quantile of t, by the number of seeds
 
 
 def counted(row: dict) -> str:
@@ -50,11 +68,6 @@ def short() -> list[str]:
             if not folder.exists():
                 continue
             found, rows = json.loads((folder / "report.json").read_text()), runs.log_of(folder)
-            if method == "mix_kl":
-                args = json.loads((folder / "args.json").read_text())
-                mode = args.get("attack_mode", "train")
-                title += f" (attack mode {mode}, KL weight {args['kl_weight']:g}, "
-                title += f"start `{args['delta_init']}`)"
             cells = [counted(row) for row in found["attacks"]]
             cells.append(counted(found["worst_case"] | {"n": found["n"]}))
             collapses = sum(int(row["collapse"]) for row in rows)
@@ -162,8 +175,8 @@ def spread(values: list[float]) -> str:
 def headline() -> list[str]:
     """Return the README's first table; accuracies are those of the seeds that did not collapse."""
     rows, names = [], {"clean": "clean", "pgd-50": "PGD-50", "cw-50": "CW-50"}
-    for setting, patterns in SETTINGS.items():
-        for method in HEADLINE:
+    for setting, (methods, patterns) in SETTINGS.items():
+        for method in methods:
             for file, epoch in EPOCHS.items():
                 found = runs.measured([pattern.format(method) for pattern in patterns], file)
                 if found:
@@ -171,17 +184,61 @@ def headline() -> list[str]:
     if any("autoattack" in run.shares for _, found in rows for run in found):
         names["autoattack"] = "AutoAttack"
     lines = [
-        f"| setting | method | epoch | {' | '.join(names.values())} | collapsed |",
-        "| --- " * (len(names) + 4) + "|",
+        f"| setting | method | epoch | {' | '.join(names.values())} | collapsed | minutes |",
+        "| --- " * (len(names) + 5) + "|",
     ]
     for cells, found in rows:
-        alive = [run.shares for run in found if not run.collapsed]
+        alive = [run for run in found if not run.collapsed]
         for name in names:
-            values = [shares[name] for shares in alive if name in shares]
+            values = [run.shares[name] for run in alive if name in run.shares]
             cells.append(spread(values) if values else "")
         cells.append(f"{len(found) - len(alive)} of {len(found)}")
+        cells.append(f"{statistics.mean(run.minutes for run in alive):.1f}" if alive else "")
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def parts() -> list[str]:
+    """Return the table of what each part changes, seed by seed: mean and 95 % interval of it.
+
+    Student's t over the seeds that neither network lost; of fewer than three, their values.
+    """
+    lines = [
+        "| part | setting | clean | CW-50 | seeds | collapsed with it | without |",
+        "| --- " * 7 + "|",
+    ]
+    for title, methods in PARTS.items():
+        for setting, (prefix, file) in PLACES.items():
+            pairs = []
+            for seed in range(5):
+                both = [runs.measured([f"{prefix}-{m}-seed{seed}"], file) for m in methods]
+                if all(both):
+                    pairs.append([run for [run] in both])
+            alive = [pair for pair in pairs if not any(run.collapsed for run in pair)]
+            if not pairs:
+                continue
+            cells = [title, setting]
+            for name in ("clean", "cw-50"):
+                cells.append(interval([a.shares[name] - b.shares[name] for a, b in alive]))
+            cells.append(str(len(alive)))
+            for side in zip(*pairs, strict=True):
+                cells.append(f"{sum(run.collapsed for run in side)} of {len(side)}")
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def interval(values: list[float]) -> str:
+    """Return the mean with its 95 % interval, or the values where they are too few."""
+    if len(values) not in STUDENT:
+        return ", ".join(signed(value) for value in values)
+    mean = statistics.mean(values)
+    half = STUDENT[len(values)] * statistics.stdev(values) / len(values) ** 0.5
+    return f"{signed(mean)} [{signed(mean - half)}, {signed(mean + half)}]"
+
+
+def signed(value: float) -> str:
+    """Return a number with its sign; there is no -0.0."""
+    return f"{round(value, 1) + 0.0:+.1f}"
 
 
 def preset() -> list[str]:
@@ -217,6 +274,7 @@ def speed(hardware: str, networks: tuple[str, ...], digits: int) -> list[str]:
 
 PREACT, WIDE = "PreActResNet18, batch 128", "WideResNet34-10, batch {}"
 TABLES = {"headline": headline, "short": short, "autoattack": autoattack, "control": control}
+TABLES["parts"] = parts
 TABLES |= {"rollback": rollback, "outcome": outcome, "preset": preset}
 TABLES["speed"] = partial(speed, "EPYC", (PREACT, WIDE.format(8), WIDE.format(16)), 2)
 TABLES["speed-gpu"] = partial(speed, "H100", (PREACT, WIDE.format(128)), 4)

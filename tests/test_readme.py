@@ -87,12 +87,24 @@ def test_the_tree_lists_every_file_of_the_root():
 
 def test_nothing_is_left_to_fill_in():
     for page in (README, (ROOT / "results" / "README.md").read_text()):
-        assert not re.search(r"^[A-Z0-9_]{3,}$", page, re.M)
+        assert not re.search(r"^[A-Z0-9_]{3,}$| \.\.\.$", page, re.M)
 
 
 def test_every_link_leads_somewhere():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert target.startswith("http") or (ROOT / target).exists(), target
+    def anchors(page):
+        return {
+            re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
+            for title in re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+        }
+
+    for page in (ROOT / "README.md", ROOT / "results" / "README.md"):
+        targets = re.findall(r"\]\(([^)]+)\)", page.read_text())
+        assert len(targets) > 5
+        for target in targets:
+            path, _, anchor = target.partition("#")
+            if not target.startswith("http"):
+                found = page.parent / path if path else page
+                assert found.exists() and (not anchor or anchor in anchors(found)), target
 
 
 def test_ci_and_makefile_run_the_same_command():
@@ -129,12 +141,36 @@ def test_a_seed_that_collapsed_is_counted_and_not_averaged(tables, tmp_path, mon
     for seed in (0, 1, 2):  # the third lived
         one = ROOT / "results" / f"steep-fgsm_rs-seed{seed}"
         shutil.copytree(one, tmp_path / f"steep15-fgsm_rs-seed{seed}")
-    assert tables.headline()[2].endswith("| last | 39.8 | 22.1 | 20.1 | 2 of 3 |")
+    assert tables.headline()[2].endswith("| last | 39.8 | 22.1 | 20.1 | 2 of 3 | 7.6 |")
     found = json.dumps({"attacks": [{"attack": "autoattack", "accuracy": 0.2}]})
     (tmp_path / "steep15-fgsm_rs-seed2" / "final_model-autoattack.json").write_text(found)
-    assert tables.headline()[2].endswith("| last | 39.8 | 22.1 | 20.1 | 20.0 | 2 of 3 |")
+    assert tables.headline()[2].endswith("| last | 39.8 | 22.1 | 20.1 | 20.0 | 2 of 3 | 7.6 |")
     shutil.rmtree(tmp_path / "steep15-fgsm_rs-seed2")
-    assert tables.headline()[2].endswith("| last |  |  |  | 2 of 2 |")
+    assert tables.headline()[2].endswith("| last |  |  |  | 2 of 2 |  |")
+
+
+def test_a_part_is_judged_by_the_seeds_that_lived_with_it_and_without(
+    tables, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(tables.runs, "HERE", tmp_path)
+    for method, source in (("kl", "train8"), ("kl0", "fgsm_rs")):
+        for seed in range(3):  # of FGSM-RS's only the third lived
+            one = ROOT / "results" / f"steep-{source}-seed{seed}"
+            shutil.copytree(one, tmp_path / f"steep15-{method}-seed{seed}")
+    _, _, row = tables.parts()
+    assert row == "| KL 1 | 16/255, slow warm-up | -9.5 | -0.1 | 1 | 0 of 3 | 2 of 3 |"
+    shutil.rmtree(tmp_path / "steep15-kl0-seed2")
+    _, _, row = tables.parts()
+    assert row == "| KL 1 | 16/255, slow warm-up |  |  | 0 | 0 of 2 | 2 of 2 |"
+
+
+def test_an_interval_of_three_seeds_is_students(tables):
+    stats = pytest.importorskip("scipy.stats")
+    low, high = stats.t.interval(0.95, 2, loc=2, scale=3**-0.5)
+    assert tables.interval([1, 2, 3]) == f"+2.0 [{low:.1f}, +{high:.1f}]"
+    assert tables.interval([-0.01, 2]) == "+0.0, +2.0"
+    for seeds, quantile in tables.STUDENT.items():
+        assert quantile == pytest.approx(stats.t.ppf(0.975, seeds - 1), abs=0.005)
 
 
 def test_the_tables_of_results_are_those_of_the_files(tables):

@@ -106,3 +106,21 @@ def test_every_cell_of_the_study_has_flags_that_its_scripts_take(study):
             options.parse_training(cell.train.split(), "", MIX_KL_CIFAR10.DEFAULTS)
             for flags in filter(None, (cell.measure, cell.autoattack)):
                 options.parse_measuring(["--model-path", "x", *flags.split()], "")
+
+
+def test_the_pairs_of_the_table_of_parts_differ_in_that_part_only(study):
+    import make_tables
+
+    import MIX_KL_CIFAR10
+    import options
+
+    def flags(method):
+        words = study.METHODS[method].split()
+        return vars(options.parse_training(words, "", MIX_KL_CIFAR10.DEFAULTS))
+
+    temperatures = {"temperature", "attack_temperature"}
+    differing = [{"mixup_alpha"}, *[{"kl_weight"}] * 3, temperatures, *[{"attack_mode"}] * 2]
+    for (part, (one, other)), keys in zip(make_tables.PARTS.items(), differing, strict=True):
+        one, other = flags(one), flags(other)
+        assert {key for key in one if one[key] != other[key]} == keys, part
+    assert flags("kl1to4") == vars(options.parse_training([], "", MIX_KL_CIFAR10.DEFAULTS))
