@@ -40,6 +40,8 @@ PARTS = {  # of the method: the cells with it, and those without it
     "T = 2 in place of 1, with Mixup and KL 1": ("both", "t1"),
     "attack mode `both`, with Mixup and KL 1": ("both", "train"),
     "attack mode `both`, on N-FGSM": ("n_both", "n_fgsm"),
+    "MIX-KL in place of N-FGSM": ("kl1to4", "n_fgsm"),
+    "MIX-KL in place of FGSM-RS": ("kl1to4", "fgsm_rs"),
 }
 PLACES = {  # where they are compared: prefix of the cells, checkpoint
     "16/255, slow warm-up": ("steep15", "final"),

@@ -120,6 +120,8 @@ def test_the_pairs_of_the_table_of_parts_differ_in_that_part_only(study):
 
     temperatures = {"temperature", "attack_temperature"}
     differing = [{"mixup_alpha"}, *[{"kl_weight"}] * 3, temperatures, *[{"attack_mode"}] * 2]
+    methods = {"baseline", "method", "kl_weight", "attack_mode"} | temperatures
+    differing += [methods, methods | {"delta_init", "alpha"}]
     for (part, (one, other)), keys in zip(make_tables.PARTS.items(), differing, strict=True):
         one, other = flags(one), flags(other)
         assert {key for key in one if one[key] != other[key]} == keys, part
