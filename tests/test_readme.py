@@ -157,19 +157,19 @@ def test_a_part_is_judged_by_the_seeds_that_lived_with_it_and_without(
         for seed in range(3):  # of FGSM-RS's only the third lived
             one = ROOT / "results" / f"steep-{source}-seed{seed}"
             shutil.copytree(one, tmp_path / f"steep15-{method}-seed{seed}")
-    _, _, row = tables.parts()
+    _, _, row = tables.parts.table()
     assert row == "| KL 1 | 16/255, slow warm-up | -9.5 | -0.1 | 1 | 0 of 3 | 2 of 3 |"
     shutil.rmtree(tmp_path / "steep15-kl0-seed2")
-    _, _, row = tables.parts()
+    _, _, row = tables.parts.table()
     assert row == "| KL 1 | 16/255, slow warm-up |  |  | 0 | 0 of 2 | 2 of 2 |"
 
 
 def test_an_interval_of_three_seeds_is_students(tables):
     stats = pytest.importorskip("scipy.stats")
     low, high = stats.t.interval(0.95, 2, loc=2, scale=3**-0.5)
-    assert tables.interval([1, 2, 3]) == f"+2.0 [{low:.1f}, +{high:.1f}]"
-    assert tables.interval([-0.01, 2]) == "+0.0, +2.0"
-    for seeds, quantile in tables.STUDENT.items():
+    assert tables.parts.interval([1, 2, 3]) == f"+2.0 [{low:.1f}, +{high:.1f}]"
+    assert tables.parts.interval([-0.01, 2]) == "+0.0, +2.0"
+    for seeds, quantile in tables.parts.STUDENT.items():
         assert quantile == pytest.approx(stats.t.ppf(0.975, seeds - 1), abs=0.005)
 
 

@@ -109,7 +109,7 @@ def test_every_cell_of_the_study_has_flags_that_its_scripts_take(study):
 
 
 def test_the_pairs_of_the_table_of_parts_differ_in_that_part_only(study):
-    import make_tables
+    import parts
 
     import MIX_KL_CIFAR10
     import options
@@ -122,7 +122,7 @@ def test_the_pairs_of_the_table_of_parts_differ_in_that_part_only(study):
     differing = [{"mixup_alpha"}, *[{"kl_weight"}] * 3, temperatures, *[{"attack_mode"}] * 2]
     methods = {"baseline", "method", "kl_weight", "attack_mode"} | temperatures
     differing += [methods, methods | {"delta_init", "alpha"}]
-    for (part, (one, other)), keys in zip(make_tables.PARTS.items(), differing, strict=True):
+    for (part, (one, other)), keys in zip(parts.PARTS.items(), differing, strict=True):
         one, other = flags(one), flags(other)
         assert {key for key in one if one[key] != other[key]} == keys, part
     assert flags("kl1to4") == vars(options.parse_training([], "", MIX_KL_CIFAR10.DEFAULTS))
