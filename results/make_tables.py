@@ -137,24 +137,28 @@ def study(prefix: str, titles: dict[str, str] = runs.METHODS) -> list[str]:
             found = runs.measured([f"{prefix}-{method}-seed*"], file)
             if found:
                 rows.append((title, epoch, found))
-    names = list(rows[0][2][0].shares)
+    names = list(dict.fromkeys(name for *_, found in rows for run in found for name in run.shares))
     lines = [
         f"| method | epoch | seeds | {' | '.join(names)} | collapses | minutes |",
         "| --- " * (len(names) + 5) + "|",
     ]
     for title, epoch, found in rows:
         cells = [title, epoch, str(len(found))]
-        cells += [spread([run.shares[name] for run in found]) for name in names]
+        cells += [mean(found, name) for name in names]
         cells.append(str(sum(run.collapsed for run in found)))
         minutes = statistics.mean(run.minutes for run in found)
         lines.append(f"| {' | '.join([*cells, f'{minutes:.1f}'])} |")
     return lines
 
 
-def spread(values: list[float]) -> str:
-    """Return mean and standard deviation."""
+def mean(found: list[runs.Run], attack: str) -> str:
+    """Return mean and standard deviation, and where not all runs were measured, how many were."""
+    values = [run.shares[attack] for run in found if attack in run.shares]
+    if not values:
+        return ""
     deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{deviation}"
+    missing = f" ({len(values)} of {len(found)})" if len(values) < len(found) else ""
+    return f"{statistics.mean(values):.1f}{deviation}{missing}"
 
 
 def headline() -> list[str]:
@@ -174,9 +178,7 @@ def headline() -> list[str]:
     ]
     for cells, found in rows:
         alive = [run for run in found if not run.collapsed]
-        for name in names:
-            values = [run.shares[name] for run in alive if name in run.shares]
-            cells.append(spread(values) if values else "")
+        cells += [mean(alive, name) for name in names]
         cells.append(f"{len(found) - len(alive)} of {len(found)}")
         cells.append(f"{statistics.mean(run.minutes for run in alive):.1f}" if alive else "")
         lines.append(f"| {' | '.join(cells)} |")

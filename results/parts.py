@@ -9,6 +9,7 @@ PARTS = {  # of the method: the cells with it, and those without it
     "KL 1": ("kl", "kl0"),
     "KL 1 to 4": ("kl1to4", "kl0"),
     "KL 1 to 4 in place of KL 1": ("kl1to4", "kl"),
+    "T = 2 in place of 1": ("kl1to4", "kl1to4t1"),
     "T = 2 in place of 1, with Mixup and KL 1": ("both", "t1"),
     "attack mode `both`, with Mixup and KL 1": ("both", "train"),
     "attack mode `both`, on N-FGSM": ("n_both", "n_fgsm"),

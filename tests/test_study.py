@@ -119,10 +119,23 @@ def test_the_pairs_of_the_table_of_parts_differ_in_that_part_only(study):
         return vars(options.parse_training(words, "", MIX_KL_CIFAR10.DEFAULTS))
 
     temperatures = {"temperature", "attack_temperature"}
-    differing = [{"mixup_alpha"}, *[{"kl_weight"}] * 3, temperatures, *[{"attack_mode"}] * 2]
+    differing = [{"mixup_alpha"}, *[{"kl_weight"}] * 3, *[temperatures] * 2, *[{"attack_mode"}] * 2]
     methods = {"baseline", "method", "kl_weight", "attack_mode"} | temperatures
     differing += [methods, methods | {"delta_init", "alpha"}]
     for (part, (one, other)), keys in zip(parts.PARTS.items(), differing, strict=True):
         one, other = flags(one), flags(other)
         assert {key for key in one if one[key] != other[key]} == keys, part
     assert flags("kl1to4") == vars(options.parse_training([], "", MIX_KL_CIFAR10.DEFAULTS))
+
+
+def test_a_table_says_how_many_of_its_runs_an_attack_has_measured(study):
+    import make_tables
+    import runs
+
+    def run(**shares):
+        return runs.Run({"clean": 50.0, **shares}, collapsed=False, minutes=1.0)
+
+    assert make_tables.mean([run(), run()], "clean") == "50.0 ± 0.0"
+    assert make_tables.mean([run(cw=30.0), run(cw=32.0), run()], "cw") == "31.0 ± 1.4 (2 of 3)"
+    assert make_tables.mean([run(cw=30.0), run()], "cw") == "30.0 (1 of 2)"
+    assert make_tables.mean([run(), run()], "cw") == ""
