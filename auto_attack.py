@@ -172,7 +172,8 @@ def attack(
     batch_size = -parallel.maxima(-batch_size)[0]  # some may have halved theirs: all deal the same
     settings = dict(epsilon=epsilon, seed=seed, batch_size=batch_size)
     title = library()[1]
-    journal = Journal(folder and journal_path(folder, model, x, y, name, settings))
+    shown = x[upright], y[upright]  # the journal numbers images by their place among those
+    journal = Journal(folder and journal_path(folder, model, *shown, name, settings))
     standing, counts, seconds, passes = upright.clone(), {}, 0.0, 0
     for part in parts:
         left = standing.nonzero().squeeze(1)

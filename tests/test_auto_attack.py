@@ -114,7 +114,14 @@ def test_a_killed_run_goes_on_where_it_was(case, tmp_path, monkeypatch):
     assert torch.equal(resumed.standing, whole.standing) and resumed.parts == whole.parts
     assert resumed.passes == whole.passes and resumed.journal == journal
     ours(*case, "apgd-ce", folder=tmp_path, seed=4)  # other settings have a journal of their own
-    assert len(list(tmp_path.iterdir())) == 2
+    model, x, y = case
+    upright = attacks.standing(model, x, y, 100)
+    upright[upright.nonzero()[0]] = False  # an attack before it felled one, in a cascade
+    settings = dict(epsilon=EPS, batch_size=BATCH, seed=3)
+    fewer = auto_attack.attack(model, x, y, upright, "apgd-ce", folder=tmp_path, **settings)
+    fresh = auto_attack.attack(model, x, y, upright, "apgd-ce", **settings)
+    assert torch.equal(fewer.standing, fresh.standing)
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_a_broken_journal_is_as_good_as_none(tmp_path):
