@@ -84,9 +84,11 @@ class Keeper:
         broken = int(look and not bool(self.progress.sums.isfinite().all()))
         if parallel.size() > 1 and not look:
             return
-        # What comes after the last step is measuring, which hears no signal for minutes on a CPU.
+        # What comes after the last step is measuring, which hears no signal for minutes on a CPU;
+        # and in epoch 1 the files of an epoch, which without a state could not be gone on from.
         wait = min(1, self.args.save_every) if last else self.args.save_every
-        due = int(time.monotonic() - self.saved > 60 * wait)
+        old = time.monotonic() - self.saved > 60 * wait
+        due = int(old or (last and self.progress.epoch == 1))
         slow = int(self.progress.seconds > self.progress.step)
         broken, heard, due, slow = parallel.maxima(broken, self.heard, due, slow)
         self.every = 1 if slow else LOOK
@@ -155,6 +157,8 @@ class Keeper:
             self.attempt(
                 lambda: files.write(path, lambda f: torch.save(state, f), keep_previous=True)
             )
+        # Where one process ends, its launcher may end the others: none does while rank 0 writes.
+        parallel.anywhere(self.failure)
         self.saved = time.monotonic()
 
     def attempt(self, write: Callable[[], None]) -> bool:

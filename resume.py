@@ -23,10 +23,11 @@ import utils
 
 SCHEMA = "mix-kl-state/1"
 NAME = "state.pth"
-# Flags that leave the mathematics and the log alone; all others must be as they were.
+# Flags that leave the mathematics and the log alone; all others must be as they were. What counts
+# of the precision is what it came to, dtype.
 FREE = {
-    "allow_changed", "compile", "data_dir", "debug", "device", "out_dir", "overwrite", "resume",
-    "run_name", "save_every",
+    "allow_changed", "compile", "data_dir", "debug", "device", "out_dir", "overwrite", "precision",
+    "resume", "run_name", "save_every",
 }  # fmt: skip
 # Columns of every row of the log; flags and the kind of training add others.
 COLUMNS = {
@@ -212,7 +213,9 @@ def typed(value: object) -> str:
     """Return the value of a flag as a command line gives it."""
     if isinstance(value, tuple):
         return ":".join(f"{end:g}" for end in dict.fromkeys(value))
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    formats = {str(dtype): name for name, dtype in utils.PRECISIONS.items()}
+    text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return formats.get(text, text)
 
 
 def check_flags(state: dict[str, object], args: Namespace) -> None:

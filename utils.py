@@ -172,11 +172,14 @@ def pick_device(name: str) -> torch.device:
     return probe.device
 
 
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
     """Return the number format of the training passes; ``auto`` is bf16 where it is faster."""
     if name == "auto":
         name = "bf16" if has_fast_bf16(device) else "fp32"
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+    return PRECISIONS[name]
 
 
 def has_fast_bf16(device: torch.device) -> bool:

@@ -24,6 +24,7 @@ import data
 import engine
 import options
 import parallel
+import resume
 import schedules
 import utils
 from models import build_model
@@ -183,6 +184,60 @@ def test_a_killed_process_ends_the_others_with_a_line_and_a_whole_checkpoint(tmp
     assert re.search(r"error: rank 0: (told to stop|another process is gone)", err), err
     saved = checkpoint.load(tmp_path / "run" / "final_model.pth")
     assert saved["epoch"] >= 1
+
+
+SLOW_DISK = """
+import sys, time
+from argparse import Namespace
+from pathlib import Path
+
+sys.path.insert(0, {root!r})
+import torch
+import files, keeper, options, parallel, resume
+
+write = files.write
+
+def slowly(*args, **kwargs):
+    time.sleep(2)
+    write(*args, **kwargs)
+
+def main(argv):
+    parallel.start("cpu")
+    keeper.files.write = slowly
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    parts = resume.Parts(model, None, optimizer, scaler)
+    progress, args = resume.Progress(sums=torch.zeros(3)), Namespace(save_every=15, on_collapse="")
+    folder = None if parallel.rank() else Path(argv[0])
+    watch = keeper.Keeper(folder, parts, progress, args, 10_000)
+    with parallel.together(), watch.listening():
+        (Path(argv[0]) / str(parallel.rank())).touch()
+        for progress.step in range(1, 10_000):
+            time.sleep(0.02)
+            watch.after_step()
+
+options.run(main)
+"""
+
+
+@pytest.mark.slow
+def test_no_process_ends_at_a_signal_before_the_state_is_written(tmp_path):
+    """Its launcher would end the others, and the one that writes with them."""
+    (tmp_path / "slow.py").write_text(SLOW_DISK.format(root=str(ROOT)))
+    both = scheduled(*[[tmp_path / "slow.py", tmp_path]] * 2, stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while not all((tmp_path / rank).exists() for rank in "01"):
+            assert both[0].poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        both[0].send_signal(signal.SIGUSR1)  # the other hears of it
+        assert both[1].wait(timeout=60) == 128 + signal.SIGUSR1
+        assert resume.load(tmp_path / resume.NAME)["progress"]["step"] > 0
+        assert both[0].wait(timeout=60) == 128 + signal.SIGUSR1
+    finally:
+        for process in both:
+            process.kill()
 
 
 def test_a_scheduler_that_names_no_address_gets_one_line(script, monkeypatch):

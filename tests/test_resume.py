@@ -236,7 +236,8 @@ def test_a_path_and_the_name_of_another_run_are_refused(stopped, script):
 def test_flags_that_are_not_typed_so_are_named_as_they_are_typed():
     args = Namespace(dtype=torch.float32, processes=1, allow_changed=False)
     state = {"args": {"dtype": "torch.bfloat16", "processes": 2, "allow_changed": False}}
-    with pytest.raises(ValueError, match=r"--precision .*, --nproc-per-node of torchrun 2 -> 1"):
+    line = "--precision bf16 -> fp32, --nproc-per-node of torchrun 2 -> 1"
+    with pytest.raises(ValueError, match=line):
         resume.check_flags(state, args)
 
 
@@ -299,6 +300,7 @@ def test_within_an_epoch_the_state_is_saved_every_so_many_minutes(watched, monke
 
 def test_the_end_of_a_short_epoch_is_not_saved_twice(watched, monkeypatch):
     watch, progress = watched
+    progress.epoch = 2
     now, saved = [watch.saved + 59], []
     monkeypatch.setattr(keeper.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(keeper.files, "write", lambda *_, **__: saved.append(progress.step))
@@ -308,6 +310,16 @@ def test_the_end_of_a_short_epoch_is_not_saved_twice(watched, monkeypatch):
     now[0] += 2
     watch.after_step()
     assert saved == [25]
+
+
+def test_the_first_epoch_saves_its_state_before_it_is_measured(watched, tmp_path):
+    watch, progress = watched
+    progress.step = 24
+    watch.after_step()
+    assert not (tmp_path / resume.NAME).exists()
+    progress.step = 25
+    watch.after_step()
+    assert resume.load(tmp_path / resume.NAME)["progress"]["step"] == 25
 
 
 @pytest.mark.parametrize("changed, due", [
@@ -378,7 +390,7 @@ def test_several_processes_agree_after_each_slow_step_and_each_tenth_quick_one(
     watched, monkeypatch, seconds, looks
 ):
     watch, progress = watched
-    agreed = []
+    progress.epoch, agreed = 2, []  # the first saves its state at its end
     monkeypatch.setattr(keeper.parallel, "size", lambda: 2)
     monkeypatch.setattr(
         keeper.parallel, "maxima", lambda *all_: agreed.append(progress.step) or list(all_)
