@@ -205,7 +205,8 @@ def architecture(
     Args:
         saved: What ``load`` returned.
         path: For messages.
-        args: ``model``, ``width`` and ``normalize`` for a bare state dict.
+        args: ``model``, ``width`` and ``normalize`` for a bare state dict; with a
+            ``transfer_from`` they may be meant for that one.
         num_classes: Number of classes of the dataset to measure on.
         statistics: Its ``mean`` and ``std``.
 
@@ -222,9 +223,10 @@ def architecture(
             f"{path}: trained on {saved['dataset']} ({saved['num_classes']} classes); "
             f"use test_cifar{saved['num_classes']}.py"
         )
-    if args.model and args.model.lower() != saved["model"].lower():
+    alone = not args.transfer_from
+    if alone and args.model and args.model.lower() != saved["model"].lower():
         raise ValueError(f"{path}: holds a {saved['model']}; leave --model {args.model} out")
-    if args.width not in (None, saved["width"] or 64):
+    if alone and args.width not in (None, saved["width"] or 64):
         raise ValueError(f"{path}: is {saved['width'] or 64} wide; leave --width {args.width} out")
     keys = ("num_classes", "width", "mean", "std")
     return saved["model"], {key: saved[key] for key in keys}

@@ -24,8 +24,8 @@ def refuse(args: argparse.Namespace) -> None:
     """Refuse what would otherwise be found out after hours of attacks.
 
     Raises:
-        ValueError: AutoAttack is not installed, there is no other network for ``transfer``, or the
-            claim of ``--export`` would not be of each attack by itself.
+        ValueError: AutoAttack is not installed, there is no other network for ``transfer`` or no
+            use for it, or the claim of ``--export`` would not be of each attack by itself.
         OSError: The folder of ``--export`` exists, or cannot be made.
     """
     families = {evaluation.parse_attack(name).family for name in args.attacks}
@@ -33,6 +33,8 @@ def refuse(args: argparse.Namespace) -> None:
         auto_attack.library()
     if "transfer" in families and args.transfer_from is None:
         raise ValueError("--attacks transfer: name the other checkpoint with --transfer-from")
+    if args.transfer_from and "transfer" not in families:
+        raise ValueError("--transfer-from: only the attack transfer uses it; add it to --attacks")
     if args.export:
         export.refuse(args.export)
         files.probe(args.export.parent, "--export")

@@ -185,6 +185,8 @@ def compared(paths: list[Path]) -> str:
         for found in reports
     ]
     names = [name for name in columns[0] if all(name in column for column in columns)]
+    if any(column.keys() != columns[0].keys() for column in columns):
+        names.remove("worst case")  # it would be that over other attacks
     about = [what(found) for found in reports]
     lines = [f"[{i}] {path}  ({text})" for i, (path, text) in
              enumerate(zip(paths, about, strict=True), 1)]  # fmt: skip
@@ -205,9 +207,13 @@ def compared(paths: list[Path]) -> str:
 
 def what(report: dict[str, object]) -> str:
     """Return on which images, at which epsilon and how a report was measured, for its line."""
-    cascade = ", cascade" if report.get("cascade") else ""
     dataset, epsilon = report.get("dataset", "unknown"), 255 * report.get("epsilon", float("nan"))
-    return f"{report['n']:,} images of {dataset}, eps {epsilon:g}/255{cascade}"
+    text = f"{report['n']:,} images of {dataset}, eps {epsilon:g}/255"
+    if report.get("cascade"):
+        text += f", cascade of {' '.join(row['attack'] for row in report['attacks'])}"
+    if source := report.get("transfer_from"):
+        text += f", transfer from {source['checkpoint']} {source['sha256'][:8]}"
+    return text
 
 
 def _paired(paths: list[Path], first: int, second: int, names: list[str]) -> list[str]:

@@ -47,7 +47,10 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
     )  # fmt: skip
     model, network, facts = opened(args.model_path, weights=args.weights)
     model = model.to(device, memory_format=torch.channels_last)
-    source = args.transfer_from and opened(args.transfer_from)[0].to(device)
+    source = None
+    if args.transfer_from:
+        source, _, about = opened(args.transfer_from)
+        source, facts["transfer_from"] = source.to(device), about
 
     with parallel.rank_0_first():
         dataset = data.load(DATASET, NUM_CLASSES, args.data_dir, args.synthetic)

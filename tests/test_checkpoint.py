@@ -30,7 +30,7 @@ def saved(tmp_path):
 def test_what_is_saved_comes_back(saved):
     content = checkpoint.load(saved)
     assert (content["schema"], content["model"], content["width"]) == ("mix-kl/1", "ResNet18", 8)
-    nothing = Namespace(model=None, width=None)
+    nothing = Namespace(transfer_from=None, model=None, width=None)
     name, network = checkpoint.architecture(content, saved, nothing, 10, STATISTICS)
     model = build_model(name, **network)
     assert checkpoint.load_weights(model, content, None, saved) == "raw"
@@ -51,8 +51,10 @@ def test_a_bare_state_dict_loads_with_its_prefix_and_the_network_named(tmp_path,
     torch.save({prefix + key: value for key, value in net.state_dict().items()}, path)
     content = checkpoint.load(path)
     with pytest.raises(ValueError, match=r"bare state dict; name its network with --model"):
-        checkpoint.architecture(content, path, Namespace(model=None, width=None), 10, STATISTICS)
-    args = Namespace(model="small", width=8, normalize="none")
+        checkpoint.architecture(
+            content, path, Namespace(transfer_from=None, model=None, width=None), 10, STATISTICS
+        )
+    args = Namespace(transfer_from=None, model="small", width=8, normalize="none")
     found = checkpoint.architecture(content, path, args, 10, STATISTICS)
     assert found == ("small", {"num_classes": 10, "width": 8})
     args.normalize = "dataset"
@@ -72,13 +74,17 @@ def test_a_prefix_on_some_keys_only_is_not_stripped(tmp_path):
 
 def test_faults_of_content_have_their_line(saved):
     content = checkpoint.load(saved)
-    args = Namespace(model=None, width=None, model_path=saved)
+    args = Namespace(transfer_from=None, model=None, width=None, model_path=saved)
     with pytest.raises(ValueError, match=r"cifar10 \(10 classes\); use test_cifar10\.py"):
         checkpoint.architecture(content, saved, args, 100, STATISTICS)
     with pytest.raises(ValueError, match="holds a ResNet18; leave --model VGG out"):
-        checkpoint.architecture(content, saved, Namespace(model="VGG", width=None), 10, STATISTICS)
+        checkpoint.architecture(
+            content, saved, Namespace(transfer_from=None, model="VGG", width=None), 10, STATISTICS
+        )
     with pytest.raises(ValueError, match="is 8 wide; leave --width 16 out"):
-        checkpoint.architecture(content, saved, Namespace(model=None, width=16), 10, STATISTICS)
+        checkpoint.architecture(
+            content, saved, Namespace(transfer_from=None, model=None, width=16), 10, STATISTICS
+        )
     with pytest.raises(ValueError, match="holds no ema weights"):
         checkpoint.load_weights(SmallNet(), content, "ema", saved)
     with pytest.raises(ValueError, match="does not fit this network"):
@@ -230,7 +236,7 @@ from argparse import Namespace
 good, bad = map(pathlib.Path, sys.argv[1:])
 def load(path):
     saved = checkpoint.load(path)
-    nothing = Namespace(model=None, width=None)
+    nothing = Namespace(transfer_from=None, model=None, width=None)
     name, network = checkpoint.architecture(saved, path, nothing, 10, {{}})
     model = checkpoint.build(models.build_model, name, network, saved, None, path)
     checkpoint.load_weights(model, saved, None, path)

@@ -96,7 +96,7 @@ def test_what_cannot_be_measured_is_refused(name, fitted, tmp_path):
     with refusal:
         model, _, _ = referee.open_network(
             tmp_path / "model.pth", lambda *_, **__: SmallNet(),
-            Namespace(model=None, width=None, normalize="none", weights=None),
+            Namespace(transfer_from=None, model=None, width=None, normalize="none", weights=None),
             classes=10, mean=(0.5,) * 3, std=(0.25,) * 3,
         )  # fmt: skip
         assert torch.equal(model(fitted[1][:8]), fitted[0](fitted[1][:8]))

@@ -322,6 +322,28 @@ def test_reports_side_by_side(fitted, tmp_path, script):
     assert (status, len(err.splitlines())) == (2, 1) and "r.json: not a report" in err
 
 
+def test_reports_of_other_attacks_have_no_common_worst_case(fitted, tmp_path, script):
+    def written(*names, **more):
+        shown, found = measured(*fitted, *names)
+        return report.write(shown | more, found, fitted[2], tmp_path, "r")
+
+    few, many = written("clean", "pgd-2"), written("clean", "pgd-2", "cw-2")
+    status, out, _ = script("test_cifar10", "--compare", few, many)
+    assert status == 0 and "pgd-2: 0 images" in out and "worst case" not in out
+    assert "worst case: 0 images" in script("test_cifar10", "--compare", many, many)[1]
+    few, many = (
+        written(*names, cascade=True) for names in (("clean", "cw-2"), ("clean", "pgd-2", "cw-2"))
+    )
+    _, out, _ = script("test_cifar10", "--compare", few, many)
+    assert "cascade of clean pgd-2 cw-2)" in out and "not measured alike" in out
+    one, other = (
+        written("clean", transfer_from={"checkpoint": f"{name}.pth", "sha256": name * 8})
+        for name in "ab"
+    )
+    _, out, _ = script("test_cifar10", "--compare", one, other)
+    assert "transfer from a.pth aaaaaaaa)" in out and "not measured alike" in out
+
+
 def test_measuring_moves_nothing(batch):
     model = SmallNet().train()
     state = {key: value.clone() for key, value in model.state_dict().items()}

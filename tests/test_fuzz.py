@@ -92,7 +92,7 @@ def revalued(content, rng):
 def opened(path):
     """Return facts and weights of a checkpoint, by the way that the scripts go."""
     saved = checkpoint.load(path)
-    args = Namespace(model=None, width=None, normalize="none")
+    args = Namespace(transfer_from=None, model=None, width=None, normalize="none")
     statistics = dict(mean=(0.5,) * 3, std=(0.2,) * 3)
     name, network = checkpoint.architecture(saved, path, args, 10, statistics)
     model = checkpoint.build(build, name, network, saved, None, path)

@@ -94,11 +94,23 @@ def test_transfer_takes_its_images_from_the_other_file(case, script):
     torch.save(random_network(seed=1).state_dict(), case / "other.pth")
     words = ["--model", "preact-resnet-18", "--width", "8", "--attacks", "clean", "transfer"]
     measure(script, case, *words, "--transfer-from", case / "other.pth")
-    assert [row["attack"] for row in report_of(case)["attacks"]] == ["clean", "transfer"]
+    found = report_of(case)
+    assert [row["attack"] for row in found["attacks"]] == ["clean", "transfer"]
+    assert found["transfer_from"]["sha256"] == checkpoint.sha256(case / "other.pth")
+
+
+def test_the_flags_of_a_bare_file_are_for_the_one_of_two_that_names_no_network(case, script):
+    """The first is a PreActResNet-18 that says so, the other a ResNet-18 that does not."""
+    torch.save(random_network("ResNet18").state_dict(), case / "other.pth")
+    words = ["--attacks", "transfer", "--transfer-from", case / "other.pth"]
+    measure(script, case, *words, "--model", "ResNet18", "--width", "8")
+    found = report_of(case)
+    assert found["model"] == "PreActResNet18" and found["transfer_from"]["model"] == "ResNet18"
 
 
 @pytest.mark.parametrize("words, message", [
     (["--attacks", "clean", "transfer"], "name the other checkpoint with --transfer-from"),
+    (["--transfer-from", "other.pth", "--attacks", "clean"], "add it to --attacks"),
     (["--attacks", "pgd-2", "autoattack"], "pip install -r requirements-eval.txt"),
     (["--export", "old"], "--export old: exists; name a new folder"),
     (["--export", "/proc/x/new"], "/proc/x: cannot be written"),
@@ -148,7 +160,9 @@ def test_a_bare_state_dict_is_normalised_as_the_flag_says(case, script):
     x, mean, std = torch.rand(4, 3, 32, 32), *(torch.tensor(v) for v in STATISTICS.values())
     same = {"dataset": x, "none": x * std[:, None, None] + mean[:, None, None]}
     for normalize, images in same.items():
-        args = Namespace(model="PreActResNet18", width=8, normalize=normalize, weights=None)
+        args = Namespace(
+            transfer_from=None, model="PreActResNet18", width=8, normalize=normalize, weights=None
+        )
         opened, _, _ = referee.open_network(
             case / "bare.pth", build_model, args, classes=10, **STATISTICS
         )
