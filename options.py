@@ -208,6 +208,9 @@ def refuse(args: argparse.Namespace) -> None:
          "--kl-gradient both: needs --kl-reference clean"),
         (args.hard_term == "clean" and without_kl,
          "--hard-term clean: with --kl-weight 0 no adversarial image is trained on"),
+        (args.attack_steps > 1 and args.delta_init == "noise",
+         "--attack-steps: nothing keeps several steps from --delta-init noise in the ball; choose "
+         "another start, uniform for one"),
         (args.attack_target == "clean" and args.delta_init == "zero",
          "--attack-target clean: its gradient is 0 there; choose a --delta-init"),
         (args.hard_term == "clean" and args.kl_reference == "start" and args.attack_mode == "both",
@@ -220,6 +223,9 @@ def refuse(args: argparse.Namespace) -> None:
         (args.epochs < len(args.image_sizes),
          f"--epochs {args.epochs}: {len(args.image_sizes)} --image-sizes need more, or the last "
          "is never trained"),
+        (args.overwrite and not args.run_name,
+         "--overwrite: replaces the run called --run-name; give that name"),
+        (args.overwrite and args.resume, "--overwrite: starts anew, --resume goes on; choose one"),
         (args.nesterov and args.momentum == 0, "--nesterov: needs a --momentum above 0"),
     )  # fmt: skip
     for wrong, why in rules:

@@ -18,11 +18,12 @@ def remedy(args: Namespace, rollbacks: int) -> tuple[float, str]:
     """Return step [1/255] and start of the attack after so many rollbacks.
 
     The first changes to the start of N-FGSM, arXiv:2202.01181, and a step of at most epsilon; where
-    the start was that already, as it is from then on, the step shrinks by a quarter.
+    the start was that already, as it is from then on, or the attack takes several steps, which that
+    start keeps in no ball, the step shrinks by a quarter.
     """
     alpha, start = args.alpha, args.delta_init
     for _ in range(rollbacks):
-        if start == "noise":
+        if start == "noise" or args.attack_steps > 1:
             alpha *= SHRINK
         else:
             alpha, start = min(alpha, args.epsilon), "noise"

@@ -60,7 +60,7 @@ def losses(compile_, words, dtype, batch, steps=6):
     (["--attack-mode", "both"], torch.float16),
     (["--kl-reference", "ema"], torch.float32),
     (["--kl-reference", "clean", "--kl-gradient", "both"], torch.float32),
-    (["--attack-steps", "10"], torch.float32),
+    (["--attack-steps", "10", "--delta-init", "uniform"], torch.float32),
 ])  # fmt: skip
 def test_the_captured_step_is_the_eager_step_and_neither_waits(words, dtype, batch, monkeypatch):
     """And it holds what it reads, where nothing else does any more."""

@@ -199,6 +199,10 @@ def test_the_remedies_are_noise_then_smaller_steps():
     ]  # fmt: skip
     small = flags("--baseline", "fgsm_rs", "--alpha", "4")
     assert rollback.remedy(small, 1) == (4, "noise")
+    pgd = flags("--baseline", "pgd_at", "--epsilon", "16")
+    assert [rollback.remedy(pgd, n) for n in range(3)] == [
+        (4, "uniform"), (3, "uniform"), (2.25, "uniform")
+    ]  # fmt: skip
 
 
 def test_the_rollbacks_end_with_a_line(run, capsys):
