@@ -1,4 +1,4 @@
-"""Rebuild the tables of results in both READMEs, and collapse.png, from the logs and reports here.
+"""Rebuild the tables of both READMEs, runs.csv and collapse.png from the logs and reports here.
 
     python3 results/make_tables.py
 
@@ -32,7 +32,6 @@ SETTINGS = {  # of the README's first table: what it is called, its methods, nam
     "8/255, full width": (OLDER, ("gpu-10-PreActResNet18-30-eps8-{}-seed*",)),
     "16/255, full width": (OLDER, ("gpu-10-PreActResNet18-30-eps16-{}-seed*",)),
 }
-EPOCHS = {"final": "last", "best": "best"}
 
 
 def counted(row: dict) -> str:
@@ -129,11 +128,11 @@ def outcome() -> list[str]:
 def study(prefix: str, titles: dict[str, str] = runs.METHODS) -> list[str]:
     """Return the table of the cells of ``study.py`` whose names begin with ``prefix``.
 
-    Accuracies in percent, mean and standard deviation over the seeds, last and best epoch.
+    Accuracies in percent, mean and standard deviation over the seeds that did not collapse.
     """
     rows = []
     for method, title in titles.items():
-        for file, epoch in EPOCHS.items():
+        for file, epoch in runs.EPOCHS.items():
             found = runs.measured([f"{prefix}-{method}-seed*"], file)
             if found:
                 rows.append((title, epoch, found))
@@ -144,10 +143,11 @@ def study(prefix: str, titles: dict[str, str] = runs.METHODS) -> list[str]:
     ]
     for title, epoch, found in rows:
         cells = [title, epoch, str(len(found))]
-        cells += [mean(found, name) for name in names]
-        cells.append(str(sum(run.collapsed for run in found)))
-        minutes = statistics.mean(run.minutes for run in found)
-        lines.append(f"| {' | '.join([*cells, f'{minutes:.1f}'])} |")
+        alive = [run for run in found if not run.collapsed]
+        cells += [mean(alive, name) for name in names]
+        cells.append(str(len(found) - len(alive)))
+        cells.append(f"{statistics.mean(run.minutes for run in alive):.1f}" if alive else "")
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
@@ -166,7 +166,7 @@ def headline() -> list[str]:
     rows, names = [], {"clean": "clean", "pgd-50": "PGD-50", "cw-50": "CW-50"}
     for setting, (methods, patterns) in SETTINGS.items():
         for method in methods:
-            for file, epoch in EPOCHS.items():
+            for file, epoch in runs.EPOCHS.items():
                 found = runs.measured([pattern.format(method) for pattern in patterns], file)
                 if found:
                     rows.append(([setting, runs.METHODS[method], epoch], found))
@@ -271,5 +271,6 @@ def collapse(path: Path) -> None:
 
 if __name__ == "__main__":
     collapse(runs.HERE / "collapse.png")
+    (runs.HERE / "runs.csv").write_text(runs.listed())
     for page in PAGES:
         page.write_text(rebuilt(page.read_text()))

@@ -13,6 +13,7 @@ PARTS = {  # of the method: the cells with it, and those without it
     "T = 2 in place of 1, with Mixup and KL 1": ("both", "t1"),
     "attack mode `both`, with Mixup and KL 1": ("both", "train"),
     "attack mode `both`, on N-FGSM": ("n_both", "n_fgsm"),
+    "KL 1, T = 2 and `both`, on N-FGSM": ("kl", "n_fgsm"),
     "MIX-KL in place of N-FGSM": ("kl1to4", "n_fgsm"),
     "MIX-KL in place of FGSM-RS": ("kl1to4", "fgsm_rs"),
 }
@@ -31,8 +32,8 @@ def table() -> list[str]:
     Student's t over the seeds that neither network lost; of fewer than three, their values.
     """
     lines = [
-        "| part | setting | clean | CW-50 | seeds | collapsed with it | without |",
-        "| --- " * 7 + "|",
+        "| part | setting | clean | PGD-50 | CW-50 | seeds | collapsed with it | without |",
+        "| --- " * 8 + "|",
     ]
     for title, methods in PARTS.items():
         for setting, (prefix, file) in PLACES.items():
@@ -45,7 +46,7 @@ def table() -> list[str]:
             if not pairs:
                 continue
             cells = [title, setting]
-            for name in ("clean", "cw-50"):
+            for name in ("clean", "pgd-50", "cw-50"):
                 cells.append(interval([a.shares[name] - b.shares[name] for a, b in alive]))
             cells.append(str(len(alive)))
             for side in zip(*pairs, strict=True):

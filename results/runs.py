@@ -1,12 +1,14 @@
 """What the folders here hold: logs, and the accuracies of measured checkpoints."""
 
 import csv
+import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+EPOCHS = {"final": "last", "best": "best"}  # file of a checkpoint: its epoch
 METHODS = {
     "mix_kl": "Mixup and KL 4, attack mode train, start `half`",
     "fgsm_rs": "FGSM-RS", "n_fgsm": "N-FGSM", "mixup": "Mixup alone",
@@ -39,6 +41,7 @@ def shares_of(report: Path) -> dict[str, float]:
 class Run:
     """A measured checkpoint: accuracy by attack in percent, and what its log says."""
 
+    folder: str
     shares: dict[str, float]
     collapsed: bool
     minutes: float
@@ -58,5 +61,20 @@ def measured(patterns: Sequence[str], file: str) -> list[Run]:
                 shares["autoattack"] = shares_of(more)["autoattack"]
             collapsed = any(row["collapse"] == "1" for row in log)
             minutes = sum(float(row["train_seconds"]) for row in log) / 60
-            found.append(Run(shares, collapsed, minutes))
+            found.append(Run(folder.name, shares, collapsed, minutes))
     return found
+
+
+def listed() -> str:
+    """Return every measured checkpoint as a line of CSV, accuracies in percent."""
+    text = io.StringIO(newline="")
+    found = [(run, epoch) for file, epoch in EPOCHS.items() for run in measured(["*"], file)]
+    attacks = dict.fromkeys(attack for run, _ in found for attack in run.shares)
+    columns = ["run", "epoch", *attacks, "collapsed", "minutes"]
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    for run, epoch in sorted(found, key=lambda row: (row[0].folder, row[1])):
+        shares = {attack: f"{share:.2f}" for attack, share in run.shares.items()}
+        facts = {"collapsed": int(run.collapsed), "minutes": f"{run.minutes:.1f}"}
+        writer.writerow({"run": run.folder, "epoch": epoch} | shares | facts)
+    return text.getvalue()

@@ -121,7 +121,7 @@ def test_the_pairs_of_the_table_of_parts_differ_in_that_part_only(study):
     temperatures = {"temperature", "attack_temperature"}
     differing = [{"mixup_alpha"}, *[{"kl_weight"}] * 3, *[temperatures] * 2, *[{"attack_mode"}] * 2]
     methods = {"baseline", "method", "kl_weight", "attack_mode"} | temperatures
-    differing += [methods, methods | {"delta_init", "alpha"}]
+    differing += [methods, methods, methods | {"delta_init", "alpha"}]
     for (part, (one, other)), keys in zip(parts.PARTS.items(), differing, strict=True):
         one, other = flags(one), flags(other)
         assert {key for key in one if one[key] != other[key]} == keys, part
@@ -133,7 +133,7 @@ def test_a_table_says_how_many_of_its_runs_an_attack_has_measured(study):
     import runs
 
     def run(**shares):
-        return runs.Run({"clean": 50.0, **shares}, collapsed=False, minutes=1.0)
+        return runs.Run("one", {"clean": 50.0, **shares}, collapsed=False, minutes=1.0)
 
     assert make_tables.mean([run(), run()], "clean") == "50.0 ± 0.0"
     assert make_tables.mean([run(cw=30.0), run(cw=32.0), run()], "cw") == "31.0 ± 1.4 (2 of 3)"
