@@ -524,7 +524,7 @@ def test_the_state_is_saved_in_the_first_and_in_each_measured_epoch(tiny_run, mo
     saved = []
     monkeypatch.setattr(keeper.Keeper, "save", lambda watch: saved.append(watch.progress.epoch))
     tiny_run("saves", "--epochs", "5", "--measure-every", "2")
-    assert saved == [2, 3, 5, 6]  # the epochs that follow them
+    assert saved == [1, 2, 3, 5, 6]  # before the first is measured; then the epochs that follow
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tiny_run):

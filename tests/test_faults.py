@@ -357,7 +357,7 @@ def disk_full(place):
     with disk(place.folder / "disk", "20m") as folder:
         run, words = folder / "run", ["--out_dir", "disk", "--epochs", 6]
         process = place.train(*words)
-        wait_for(process, (run / resume.NAME).exists)
+        wait_for(process, (run / "final_model.pth").exists)  # the last of an epoch
         with suppress(OSError), (folder / "filler").open("wb", buffering=0) as filler:
             while filler.write(bytes(4096)):
                 pass
