@@ -59,7 +59,7 @@ def main():
     args = made.parse_args()
     saved = checkpoint.load(args.model_path)
     classes = saved["num_classes"]
-    given = argparse.Namespace(model=None, width=None)
+    given = argparse.Namespace(model=None, width=None, transfer_from=None)
     name, network = checkpoint.architecture(saved, args.model_path, given, classes, {})
     dataset = data.load(f"cifar{classes}", classes, args.data_dir, args.synthetic)
     images = dataset.test.first(args.n_examples, "--n-examples").to(torch.device(args.device))
