@@ -9,6 +9,7 @@ import json
 import re
 import statistics
 import sys
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
@@ -142,13 +143,17 @@ def study(prefix: str, titles: dict[str, str] = runs.METHODS) -> list[str]:
         "| --- " * (len(names) + 5) + "|",
     ]
     for title, epoch, found in rows:
-        cells = [title, epoch, str(len(found))]
-        alive = [run for run in found if not run.collapsed]
-        cells += [mean(alive, name) for name in names]
-        cells.append(str(len(found) - len(alive)))
-        cells.append(f"{statistics.mean(run.minutes for run in alive):.1f}" if alive else "")
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(line([title, epoch, str(len(found))], found, names))
     return lines
+
+
+def line(cells: list[str], found: list[runs.Run], names: Iterable[str], of: str = "") -> str:
+    """Return a row of a table: means over the runs that lived, how many did not, and minutes."""
+    alive = [run for run in found if not run.collapsed]
+    cells = cells + [mean(alive, name) for name in names]
+    cells.append(f"{len(found) - len(alive)}{of}")
+    cells.append(f"{statistics.mean(run.minutes for run in alive):.1f}" if alive else "")
+    return f"| {' | '.join(cells)} |"
 
 
 def mean(found: list[runs.Run], attack: str) -> str:
@@ -177,11 +182,7 @@ def headline() -> list[str]:
         "| --- " * (len(names) + 5) + "|",
     ]
     for cells, found in rows:
-        alive = [run for run in found if not run.collapsed]
-        cells += [mean(alive, name) for name in names]
-        cells.append(f"{len(found) - len(alive)} of {len(found)}")
-        cells.append(f"{statistics.mean(run.minutes for run in alive):.1f}" if alive else "")
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(line(cells, found, names, of=f" of {len(found)}"))
     return lines
 
 
