@@ -26,12 +26,19 @@ MAIN = ("fgsm_rs", "n_fgsm", "pgd_at", "paper", "kl1to4", "kl")
 OLDER = ("fgsm_rs", "n_fgsm", "pgd_at", "both")  # where today's defaults are not measured
 SETTINGS = {  # of the README's first table: what it is called, its methods, names of its folders
     "16/255, slow warm-up": (MAIN, ("steep15-{}-seed*",)),
-    "16/255, long": (OLDER, ("long16-{}-seed*",)),
     "8/255, long": (MAIN, ("long-{}-seed*",)),
-    "8/255, all images": (MAIN, ("short-{}-seed*", "cifar10-{}")),
-    "8/255, CIFAR-100": (MAIN, ("short100-{}-seed*",)),
+    "8/255, short": (MAIN, ("short-{}-seed*", "cifar10-{}")),
     "8/255, full width": (OLDER, ("gpu-10-PreActResNet18-30-eps8-{}-seed*",)),
-    "16/255, full width": (OLDER, ("gpu-10-PreActResNet18-30-eps16-{}-seed*",)),
+}
+FULL = "gpu-10-PreActResNet18-30-eps"
+SHIPPED = {  # folders of trained networks: what they are
+    "short-kl1to4-seed0": "width 16, CIFAR-10, 15 epochs",
+    "short-kl1to4-seed1": "the same, seed 1",
+    "short100-kl1to4-seed0": "width 16, CIFAR-100, 15 epochs",
+    "short100-kl1to4-seed1": "the same, seed 1",
+    f"{FULL}8-n_fgsm-seed0": "full width, CIFAR-10, 30 epochs, N-FGSM",
+    f"{FULL}8-both-seed0": "the same, Mixup and KL 1",
+    f"{FULL}16-both-seed0": "the same, trained and attacked at 16/255",
 }
 
 
@@ -157,11 +164,11 @@ def line(cells: list[str], found: list[runs.Run], names: Iterable[str], of: str 
 
 
 def mean(found: list[runs.Run], attack: str) -> str:
-    """Return mean and standard deviation, and where not all runs were measured, how many were."""
+    """Return mean, from three runs on its deviation, and where not all were measured, how many."""
     values = [run.shares[attack] for run in found if attack in run.shares]
     if not values:
         return ""
-    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 2 else ""
     missing = f" ({len(values)} of {len(found)})" if len(values) < len(found) else ""
     return f"{statistics.mean(values):.1f}{deviation}{missing}"
 
@@ -181,8 +188,23 @@ def headline() -> list[str]:
         f"| setting | method | epoch | {' | '.join(names.values())} | collapsed | minutes |",
         "| --- " * (len(names) + 5) + "|",
     ]
+    above: list[str] = []
     for cells, found in rows:
-        lines.append(line(cells, found, names, of=f" of {len(found)}"))
+        kept = [cells[:n] == above[:n] for n in (1, 2)]  # what stands above is not said again
+        shown = ["" if same else cell for cell, same in zip(cells, [*kept, False], strict=True)]
+        lines.append(line(shown, found, names, of=f" of {len(found)}"))
+        above = cells
+    return lines
+
+
+def shipped() -> list[str]:
+    """Return the table of the trained networks that lie here, and how good they are."""
+    names = {"clean": "clean", "pgd-50": "PGD-50", "cw-50": "CW-50"}
+    lines = [f"| file | network | {' | '.join(names.values())} |", "| --- " * 5 + "|"]
+    for folder, what in SHIPPED.items():
+        [run] = runs.measured([folder], "final")
+        shares = " | ".join(f"{run.shares[name]:.1f}" for name in names)
+        lines.append(f"| `results/{folder}/final_model.pth` | {what} | {shares} |")
     return lines
 
 
@@ -219,11 +241,12 @@ def speed(hardware: str, networks: tuple[str, ...], digits: int) -> list[str]:
 
 PREACT, WIDE = "PreActResNet18, batch 128", "WideResNet34-10, batch {}"
 TABLES = {"headline": headline, "short": short, "autoattack": autoattack, "control": control}
-TABLES["parts"] = parts.table
+TABLES |= {"parts": parts.table, "shipped": shipped}
 TABLES |= {"rollback": rollback, "outcome": outcome, "preset": preset}
 TABLES["speed"] = partial(speed, "EPYC", (PREACT, WIDE.format(8), WIDE.format(16)), 2)
 TABLES["speed-gpu"] = partial(speed, "H100", (PREACT, WIDE.format(128)), 4)
-TABLES |= {name: partial(study, name) for name in ("long", "long16", "steep", "steep15")}
+for name in ("long", "long16", "steep", "steep15", "short100"):
+    TABLES[name] = partial(study, name)
 TABLES["precision"] = partial(study, "precision", {"bf16": "bf16", "fp32": "fp32"})
 
 
@@ -240,33 +263,27 @@ def rebuilt(text: str) -> str:
     return text
 
 
-LINES = {
-    "fgsm_rs": "tab:red",
-    "n_fgsm": "tab:gray",
-    "both": "k",
-    "train8": "tab:green",
-    "eval0": "tab:blue",
-}
+LINES = {"fgsm_rs": "tab:red", "n_fgsm": "tab:gray", "both": "tab:blue", "kl1to4": "k"}
 
 
 def collapse(path: Path) -> None:
-    """Draw held-out PGD-10 accuracy over the long runs at eps 16, one line a seed."""
+    """Draw held-out PGD-10 accuracy of the raw weights at eps 16, one line a seed."""
     figure = plots.figure(9, 3.2)
-    columns = {"pgd10_acc": "raw weights", "ema_pgd10_acc": "averaged weights"}
+    settings = {"steep15": "slow warm-up", "long16": "long"}
     both = figure.subplots(1, 2, sharey=True)
-    for axes, (column, title) in zip(both, columns.items(), strict=True):
+    for axes, (prefix, title) in zip(both, settings.items(), strict=True):
         for method, color in LINES.items():
             label = runs.METHODS[method]
-            for folder in sorted(runs.HERE.glob(f"long16-{method}-seed*")):
-                rows = [row for row in runs.log_of(folder) if row[column]]
+            for folder in sorted(runs.HERE.glob(f"{prefix}-{method}-seed*")):
+                rows = [row for row in runs.log_of(folder) if row["pgd10_acc"]]
                 epochs = [int(row["epoch"]) for row in rows]
-                shares = [100 * float(row[column]) for row in rows]
+                shares = [100 * float(row["pgd10_acc"]) for row in rows]
                 axes.plot(epochs, shares, c=color, lw=1, label=label)
                 label = None
         axes.set(title=title, xlabel="epoch", ylim=(0, None))
         axes.grid(alpha=0.3)
     both[0].set_ylabel("PGD-10 accuracy [%]")
-    both[1].legend(fontsize=8)
+    both[0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
 
 

@@ -13,6 +13,7 @@ PARTS = {  # of the method: the cells with it, and those without it
     "T = 2 in place of 1, with Mixup and KL 1": ("both", "t1"),
     "attack mode `both`, with Mixup and KL 1": ("both", "train"),
     "attack mode `both`, on N-FGSM": ("n_both", "n_fgsm"),
+    "T = 2 and `both`, on N-FGSM": ("kl0", "n_fgsm"),
     "KL 1, T = 2 and `both`, on N-FGSM": ("kl", "n_fgsm"),
     "MIX-KL in place of N-FGSM": ("kl1to4", "n_fgsm"),
     "MIX-KL in place of FGSM-RS": ("kl1to4", "fgsm_rs"),
@@ -21,7 +22,7 @@ PLACES = {  # where they are compared: prefix of the cells, checkpoint
     "16/255, slow warm-up": ("steep15", "final"),
     "8/255, long, last": ("long", "final"),
     "8/255, long, best": ("long", "best"),
-    "8/255, all images": ("short", "final"),
+    "8/255, short": ("short", "final"),
 }
 STUDENT = {3: 4.30, 4: 3.18, 5: 2.78}  # 97.5 % quantile of t, by the number of seeds
 
