@@ -31,6 +31,14 @@ def log_of(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def best_is_last(folder: Path) -> bool:
+    """Return whether the best measured epoch of a run is its last one."""
+    rows = [row for row in log_of(folder) if row["pgd10_acc"]]
+    columns = ("pgd10_acc", "ema_pgd10_acc")
+    shares = [max(float(row[name]) for name in columns if row.get(name)) for row in rows]
+    return max(shares) not in shares[:-1]
+
+
 def shares_of(report: Path) -> dict[str, float]:
     """Return the accuracies of a report by attack, in percent."""
     rows = json.loads(report.read_text())["attacks"]

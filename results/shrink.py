@@ -18,6 +18,8 @@ KEPT = 4096  # tensors with fewer numbers stay as they are
 def main(source: Path, target: Path) -> None:
     """Shrink one file."""
     saved = checkpoint.load(source)
+    if "model" not in saved:
+        sys.exit(f"{source}: a bare state dict; only checkpoints of this project are shrunk")
     weights = saved.pop(saved["selected"])
     for name in ("raw", "ema"):
         saved.pop(name, None)

@@ -2,8 +2,11 @@
 
 import importlib.util
 import json
+import os
 import shutil
+import signal
 import sys
+import threading
 
 import pytest
 from conftest import ROOT, write_archive
@@ -26,16 +29,16 @@ def run(study, tmp_path, monkeypatch, capsys):
     data_dir = write_archive(tmp_path / "data", 10)
     train = "--width 8 --epochs 2 --batch-size 20 --held-out 20 --train-images 100"
     cells = [
-        study.Cell(
+        study.cells.Cell(
             "tiny-mix_kl-seed0",
             train,
             "--attacks clean pgd-2",
             ("final", "best"),
             autoattack="--attacks clean pgd-3 --n-examples 30",  # the real one takes minutes
         ),
-        study.Cell("tiny-broken-seed0", "--epochs 0", "--attacks clean"),
+        study.cells.Cell("tiny-broken-seed0", "--epochs 0", "--attacks clean"),
     ]
-    monkeypatch.setitem(study.SCALES, "tiny", lambda: cells)
+    monkeypatch.setitem(study.cells.SCALES, "tiny", lambda: cells)
 
     def call(*words):
         places = {"--out-dir": "out", "--results-dir": "results"}
@@ -43,15 +46,19 @@ def run(study, tmp_path, monkeypatch, capsys):
         words = ["tiny", "--data-dir", str(data_dir), *flags, *words]
         monkeypatch.setattr(sys, "argv", ["study.py", *words])
         capsys.readouterr()
+        before = signal.getsignal(signal.SIGTERM)
         with pytest.raises(SystemExit) as ended:
             study.main()
+        signal.signal(signal.SIGTERM, before)
         return ended.value.code, capsys.readouterr().out
 
     return call
 
 
 @pytest.mark.slow
-def test_a_study_that_is_cut_off_goes_on_and_keeps_each_cell_once(run, study, tmp_path):
+def test_a_study_that_is_cut_off_goes_on_and_keeps_each_cell_once(
+    run, study, tmp_path, monkeypatch
+):
     status, out = run("--budget", "0.02", "--only", "*mix_kl*")  # within the first training
     assert status == 0 and "the budget is spent" in out
     assert not (tmp_path / "results").exists()
@@ -68,6 +75,12 @@ def test_a_study_that_is_cut_off_goes_on_and_keeps_each_cell_once(run, study, tm
         (kept / "best_model.pth").unlink(missing_ok=True)
         study.keep(folder, kept, ("final", "best"))
         assert (kept / "best_model.pth").exists() is (epoch == 1)
+    shares = [("", ""), ("0.3", "0.2"), ("0.2", "0.3")]  # not measured, the best, no better
+    rows = [dict(zip(("pgd10_acc", "ema_pgd10_acc"), pair, strict=True)) for pair in shares]
+    monkeypatch.setattr(study.runs, "log_of", lambda folder: rows)
+    assert "weights are gone" in run("--only", "*mix_kl*")[1]
+    assert not (kept / "best_model-report.json").exists()
+    rows[2]["ema_pgd10_acc"] = "0.4"
     shutil.rmtree(folder)  # another machine measures what this one has trained
 
     status, out = run()
@@ -95,11 +108,29 @@ def test_a_study_that_is_cut_off_goes_on_and_keeps_each_cell_once(run, study, tm
     assert status == 0 and {path: path.stat().st_mtime_ns for path in kept.iterdir()} == before
 
 
+@pytest.mark.slow
+def test_a_study_that_is_told_to_stop_waits_for_its_script(run, study, tmp_path, monkeypatch):
+    begun, popen = [], study.subprocess.Popen
+
+    def start(*words, **named):
+        begun.append(popen(*words, **named))
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        return begun[0]
+
+    monkeypatch.setattr(study.subprocess, "Popen", start)
+    assert run("--only", "*mix_kl*")[0] == 143
+    assert [script.poll() is None for script in begun] == [False]
+
+
+def test_a_pattern_that_names_no_cell_is_refused(run):
+    assert run("--only", "lnog-*")[0] == 2
+
+
 def test_every_cell_of_the_study_has_flags_that_its_scripts_take(study):
     import MIX_KL_CIFAR10
     import options
 
-    for scale in study.SCALES.values():
+    for scale in study.cells.SCALES.values():
         cells = scale()
         assert len({cell.name for cell in cells}) == len(cells)
         for cell in cells:
@@ -115,7 +146,7 @@ def test_the_pairs_of_the_table_of_parts_differ_in_that_part_only(study):
     import options
 
     def flags(method):
-        words = study.METHODS[method].split()
+        words = study.cells.METHODS[method].split()
         return vars(options.parse_training(words, "", MIX_KL_CIFAR10.DEFAULTS))
 
     temperatures = {"temperature", "attack_temperature"}
