@@ -1,5 +1,6 @@
 """The README: every command parses, every flag and file is listed, nothing is invented."""
 
+import importlib
 import importlib.util
 import json
 import re
@@ -41,8 +42,8 @@ def test_every_command_parses(words):
             re.findall(r"\"(--[a-z_-]+)", (ROOT / script).read_text() + TIMING)
         )
     elif script.startswith("MIX_KL"):
-        args = options.parse_training(flags, "doc", {})
-        canonical_name(args.model)
+        defaults = importlib.import_module(script.removesuffix(".py")).DEFAULTS
+        canonical_name(options.parse_training(flags, "doc", defaults).model)
     else:
         args = options.parse_measuring(flags, "doc")
         assert args.compare or [evaluation.parse_attack(name) for name in args.attacks]

@@ -12,6 +12,7 @@ from conftest import ROOT, write_archive
 
 import checkpoint
 import data
+import engine
 import evaluation
 
 TINY = ["--width", "8", "--epochs", "2", "--batch-size", "50", "--held-out", "50"]
@@ -72,26 +73,50 @@ def test_the_same_seed_gives_the_same_log_and_weights(tmp_path, script):
 
 
 @pytest.mark.parametrize("classes", [10, 100])
-def test_what_training_measures_are_held_out_training_images(
+def test_what_training_measures_are_training_images_that_it_does_not_train_on(
     tmp_path, script, monkeypatch, classes
 ):
     """Selection on test images is what no number of a table survives."""
-    seen = []
+    seen, trained, train = [], [], engine.train
 
     def noted(model, x, y, *, names, settings):
         seen.append((x, y, names, settings.epsilon))
         return dict.fromkeys(names, 0.5)
 
     monkeypatch.setattr(evaluation, "accuracies", noted)
+    monkeypatch.setattr(
+        engine, "train", lambda *given, **words: trained.append(given[1]) or train(*given, **words)
+    )
     name, data_dir = f"cifar{classes}", write_archive(tmp_path, classes)
     words = ["--data-dir", data_dir, "--out_dir", tmp_path / "out", *TINY, "--epsilon", "4"]
     assert script(f"MIX_KL_{name.upper()}", *words, "--held-out", "30")[0] == 0
-    _, held_out = data.split_held_out(data.load(name, classes, data_dir, False).train, 30)
+    rest, held_out = data.split_held_out(data.load(name, classes, data_dir, False).train, 30)
     for x, y, names, epsilon in seen:
         assert torch.equal(x, held_out.as_float()) and torch.equal(y, held_out.labels)
         assert names == {"clean": "clean", "fgsm": "fgsm", "pgd10": "pgd-10"}
         assert epsilon == 4 / 255
     assert len(seen) == 4  # raw and averaged weights in two epochs
+
+    def drawn(batches):
+        torch.manual_seed(0)  # the same crops
+        return batches.load(torch.arange(370))
+
+    assert all(map(torch.equal, drawn(trained[0]), drawn(data.TrainingBatches(rest, 50))))
+    assert len(trained[0].labels) == 370
+
+
+def test_the_flags_of_attack_and_crops_reach_the_training(tmp_path, script, monkeypatch):
+    seen = []
+
+    def noted(model, batches, *, attack_of, args, **_):
+        words = attack_of(args.alpha, args.delta_init).keywords
+        seen.append(words | {"padding": batches.padding})
+
+    monkeypatch.setattr(engine, "train", noted)
+    words = ["--data-dir", write_archive(tmp_path, 10), "--out_dir", tmp_path / "out", *TINY]
+    words += ["--baseline", "pgd_at", "--epsilon", "4", "--crop-padding", "2"]
+    assert script("MIX_KL_CIFAR10", *words)[0] == 0
+    assert seen == [dict(epsilon=4 / 255, alpha=1 / 255, steps=10, start="uniform", padding=2)]
 
 
 def test_a_run_keeps_its_flags_and_a_named_one_is_not_overwritten(tmp_path, script):

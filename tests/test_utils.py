@@ -164,6 +164,16 @@ def test_seed_everything_seeds_every_generator():
     assert draw() == draw()
 
 
+def test_each_process_draws_noise_of_its_own():
+    def draw(seed, rank):
+        utils.seed_everything(seed, rank)
+        return torch.rand(1).item(), np.random.rand()
+
+    assert draw(3, 0) == draw(3, 0)
+    found = [draw(seed, rank) for seed in (3, 4) for rank in (0, 1, 2)]
+    assert len(set(found)) == 6
+
+
 def test_devices_and_precisions(monkeypatch):
     assert utils.pick_device("cpu").type == "cpu"
     with pytest.raises(ValueError, match="--device nonsense: not available"):
