@@ -17,6 +17,7 @@ import data
 import engine
 import keeper
 import options
+import plots
 import record
 import resume
 import schedules
@@ -26,10 +27,15 @@ from models import build_model
 EPS = 8 / 255
 
 
-def flags(*words):
-    args = options.parse_training(["--attack-mode", "eval", *words], "doc", {})
+def typed(*words):
+    args = options.parse_training(list(words), "doc", {})
     args.num_classes, args.dtype = 10, torch.float32
     return args
+
+
+def flags(*words):
+    """Flags of an attack on running statistics, unless the words say otherwise."""
+    return typed("--attack-mode", "eval", *words)
 
 
 def attack_of(args, alpha=None, start=None):
@@ -269,7 +275,8 @@ def test_a_clean_reference_with_its_own_hard_term_gets_no_gradient_from_the_kl(b
 
 @pytest.mark.parametrize("words, cost", [
     ([], 5),
-    (["--attack-mode", "both", "--mixup-alpha", "0.2"], 5),
+    (["--attack-mode", "eval"], 5),
+    (["--mixup-alpha", "0.2"], 5),
     (["--kl-reference", "clean"], 6),
     (["--kl-reference", "ema"], 6),
     (["--baseline", "fgsm_rs"], 5),
@@ -281,11 +288,21 @@ def test_a_step_costs_what_the_readme_says(words, cost):
     model = build_model("PreActResNet18", num_classes=10, width=16).train()
     average = utils.WeightAverage(model).model
     forward = flops(lambda: model(x))
-    args = flags(*words)
+    args = typed(*words)
     total = flops(lambda: one_step(model, x, y, args, average)[0].backward())
     assert total / forward == pytest.approx(cost, rel=0.01)
     craft = flops(lambda: attack_of(flags())(model, x, lambda z: F.cross_entropy(z, y)))
     assert craft / forward == pytest.approx(2, rel=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_passes_of_a_step_are_in_the_precision_of_the_flag(dtype, batch):
+    args, model, seen = flags("--batch-size", "32"), SmallNet(), set()
+    args.dtype = dtype
+    model.conv2.register_forward_hook(lambda _, __, out: seen.add(out.dtype))
+    build, _ = engine.prepare(model, Batches(*batch), args)
+    build(attack_of(args), 32)(torch.arange(32), torch.ones(len(schedules.Row._fields)))
+    assert seen == {dtype}
 
 
 @pytest.mark.parametrize("reference, mode", [
@@ -326,6 +343,35 @@ def test_the_weight_of_the_kl_term_is_a_line_over_the_run_and_can_be_faded_in(
             loss, hard, kl = step(torch.arange(32), torch.tensor(row))
             found.append(float((loss - hard) / kl))
     assert found == pytest.approx(weights, rel=1e-2, abs=1e-3)
+
+
+def test_a_step_uses_each_number_of_its_row_for_what_it_is(batch, monkeypatch):
+    seen, whole = [], engine.mix_kl_step
+
+    def noted(*given, **words):
+        seen.append((float(words["T"]), float(words["T_a"])))
+        return whole(*given, **words)
+
+    monkeypatch.setattr(engine, "mix_kl_step", noted)
+    args = flags("--epochs", "2", "--batch-size", "32", "--temperature", "4:2",
+                 "--attack-temperature", "3:1", "--ema-decay", "0.2")  # fmt: skip
+    model = SmallNet()
+    build, parts = engine.prepare(model, Batches(*batch), args)
+    step, expected = build(attack_of(args), 32), model.conv1.weight.detach().clone()
+    decays = iter([1 / 10, 2 / 11, 0.2, 0.2])  # min(decay, (1 + t) / (10 + t)), t over the run
+    for epoch in (1, 2):
+        for row in schedules.plan(args, epoch, 2, np.random.default_rng(0)):
+            step(torch.arange(32), torch.tensor(row))
+            expected.lerp_(model.conv1.weight.detach(), 1 - next(decays))  # the new weights
+    torch.testing.assert_close(parts.average.model.conv1.weight, expected)
+    assert seen == [(4, 3), (3.5, 2.5), (3, 2), (2.5, 1.5)]
+
+
+def test_the_flags_of_the_optimiser_reach_it(batch):
+    args = flags("--momentum", "0.5", "--nesterov", "--weight-decay", "0.01", "--batch-size", "32")
+    _, parts = engine.prepare(SmallNet(), Batches(*batch), args)
+    (group,) = parts.optimizer.param_groups
+    assert (group["momentum"], group["nesterov"], group["weight_decay"]) == (0.5, True, 0.01)
 
 
 class Waits(TorchDispatchMode):
@@ -509,17 +555,6 @@ def test_a_run_that_ends_in_an_unmeasured_epoch_leaves_a_checkpoint_that_opens(t
     assert not (tmp_path / "best_model.pth").exists()
 
 
-def without_seconds(rows):
-    return [{k: v for k, v in row.items() if not k.endswith("seconds")} for row in rows]
-
-
-def test_the_same_seed_gives_the_same_log_but_for_seconds(tiny_run):
-    first, second, other = (
-        without_seconds(tiny_run(str(i), "--seed", seed)[1]) for i, seed in enumerate("001")
-    )
-    assert first == second != other
-
-
 def test_the_state_is_saved_in_the_first_and_in_each_measured_epoch(tiny_run, monkeypatch):
     saved = []
     monkeypatch.setattr(keeper.Keeper, "save", lambda watch: saved.append(watch.progress.epoch))
@@ -555,6 +590,23 @@ def test_the_line_of_an_epoch_shows_percentages():
     assert "averaged" not in shown and "COLLAPSE" not in shown
     shown = record.line(row | dict(clean_acc=None, fgsm_acc=None, pgd10_acc=None), 9)
     assert shown == "epoch   2/9  lr 0.1000  loss 1.5000  12 s"
+
+
+def test_the_accuracies_of_raw_and_averaged_weights_have_names_of_their_own(net):
+    def measure(measured):
+        return {"clean": 0.7 if measured is net else 0.8}
+
+    row = record.accuracies(net, utils.WeightAverage(net), measure)
+    assert (row["clean_acc"], row["ema_clean_acc"]) == (0.7, 0.8)
+
+
+def test_a_collapse_is_a_red_bar_in_the_curves(tmp_path, monkeypatch):
+    drawn, figure = [], plots.figure
+    monkeypatch.setattr(plots, "figure", lambda *size: drawn.append(figure(*size)) or drawn[-1])
+    row = dict(lr=0.1, loss=1, hard_loss=1, kl=0, clean_acc=0.5, fgsm_acc=0.4, pgd10_acc=0.3)
+    plots.curves([row | {"epoch": epoch} for epoch in (1, 2, 3)], [2], tmp_path / "curves.png")
+    lines = drawn[0].axes[0].lines
+    assert [line.get_xdata()[0] for line in lines if line.get_color() == "tab:red"] == [2]
 
 
 def test_engine_flags_need_nothing_else(batch):

@@ -18,6 +18,7 @@ import keeper
 import record
 import resume
 import rollback
+import schedules
 
 FACTS = dict(model="small", num_classes=10, dataset="none", width=None,
              mean=(0.5, 0.5, 0.5), std=(1.0, 1.0, 1.0))  # fmt: skip
@@ -180,6 +181,21 @@ def test_a_rollback_puts_the_scale_of_the_loss_back():
                               alpha=8, delta_init="half"))  # fmt: skip
     assert rollback.follow(progress, parts, args)
     assert (parts.scaler.get_scale(), progress.epoch, progress.rollbacks) == (512.0, 1, 1)
+
+
+def test_epochs_that_are_trained_again_differ_by_what_torch_draws_alone(run, monkeypatch):
+    drawn, plan = [], schedules.plan
+
+    def noting(args, epoch, steps, rng):
+        rows = plan(args, epoch, steps, rng)
+        order = rng.bit_generator.state  # decides the order, which is drawn next
+        drawn.append((epoch, [row.lam for row in rows], order, torch.get_rng_state()))
+        return rows
+
+    monkeypatch.setattr(schedules, "plan", noting)
+    run("back", RESCUED, "--on-collapse", "rollback", "--mixup-alpha", "1").go()
+    first, again = (one for one in drawn if one[0] == 3)
+    assert first[:3] == again[:3] and not torch.equal(first[3], again[3])
 
 
 def test_an_epoch_that_was_not_measured_is_no_place_to_go_back_to(run):
