@@ -10,6 +10,7 @@ from argparse import Namespace
 import pytest
 import torch
 from conftest import PEAK, ROOT, SmallNet
+from test_engine import flags
 
 import checkpoint
 import record
@@ -36,6 +37,11 @@ def test_what_is_saved_comes_back(saved):
     assert checkpoint.load_weights(model, content, None, saved) == "raw"
     assert all(torch.equal(v, content["raw"][k]) for k, v in model.state_dict().items())
     assert not list(saved.parent.glob("*.partial"))
+
+
+def test_a_checkpoint_says_its_flags_and_versions():
+    facts = checkpoint.facts(flags("--epsilon", "4"), "cifar10", "ResNet18", {})
+    assert facts["args"]["epsilon"] == 4 and facts["versions"].keys() == {"torch", "python"}
 
 
 def test_a_failed_save_leaves_the_old_file(saved):
@@ -328,6 +334,16 @@ def test_runs_never_share_a_folder(tmp_path):
     assert [path.name for path in mine.iterdir()] == ["args.json"]  # no model of the old run
     with pytest.raises(ValueError, match="--run-name a/b: a name, not a path"):
         record.run_folder(tmp_path / "out", "a/b", "run", False)
+
+
+def test_a_run_that_was_killed_before_its_first_state_is_begun_anew(tmp_path):
+    args = Namespace(resume="auto", run_name="run", out_dir=tmp_path, overwrite=False)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "args.json").touch()
+    assert record.start_run(args, "default", None) == tmp_path / "run"
+    (tmp_path / "run" / "final_model.pth").touch()
+    with pytest.raises(ValueError, match=str(tmp_path / "run")):
+        record.start_run(args, "default", None)
 
 
 def test_the_revision_is_that_of_git(monkeypatch):

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, flops
+from torch import nn
 from torch.nn import functional as F
 
 import checkpoint
@@ -50,6 +51,37 @@ def test_a_wide_network_begins_with_the_published_deviations():
         if weight.dim() == 4 and weight.shape[2] == 3:  # He et al., arXiv:1502.01852, fan-out
             fan_out = 9 * weight.shape[0]
             assert weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.02)
+
+
+def test_a_wide_network_is_its_definition():
+    """Of arXiv:1605.07146 in the form that is used here: a shortcut begins behind norm and relu."""
+    torch.manual_seed(0)
+    model, x = build_model("WideResNet16-4", num_classes=10).train(), torch.rand(2, 3, 32, 32)
+
+    def active(norm, z):
+        return F.batch_norm(z, None, None, norm.weight, norm.bias, True).relu()
+
+    out = model.conv1(x)
+    for block in (b for stage in (model.block1, model.block2, model.block3) for b in stage.layer):
+        z = active(block.bn1, out)
+        out = out if block.convShortcut is None else block.convShortcut(z)
+        out = out + block.conv2(active(block.bn2, block.conv1(z)))
+    expected = model.fc(active(model.bn1, out).mean((2, 3)))
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_resnet_is_that_of_torchvision_with_a_stem_for_small_images():
+    networks = pytest.importorskip("torchvision.models")
+    torch.manual_seed(0)
+    theirs = networks.resnet18(num_classes=10)
+    theirs.conv1, theirs.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
+    ours, x = build_model("ResNet18", num_classes=10), torch.rand(2, 3, 32, 32)
+    renamed = {
+        key.replace("downsample", "shortcut").replace("fc.", "linear."): value
+        for key, value in theirs.state_dict().items()
+    }
+    ours.load_state_dict(ours.state_dict() | renamed)  # which refuses a name that it does not know
+    torch.testing.assert_close(ours.train()(x), theirs.train()(x), rtol=1e-4, atol=1e-5)
 
 
 def test_trained_weights_mean_what_they_meant():

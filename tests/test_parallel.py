@@ -240,11 +240,15 @@ def test_no_process_ends_at_a_signal_before_the_state_is_written(tmp_path):
             process.kill()
 
 
-def test_a_scheduler_that_names_no_address_gets_one_line(script, monkeypatch):
-    monkeypatch.setenv("SLURM_PROCID", "0")
-    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
-    monkeypatch.setenv("SLURM_LOCALID", "0")
+@pytest.mark.parametrize("names", [
+    ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+], ids=["torchrun", "srun", "mpirun"])  # fmt: skip
+def test_each_launcher_is_known_by_its_names(names, script, monkeypatch):
     monkeypatch.delenv("MASTER_ADDR", raising=False)
+    for name, value in zip(names, "040", strict=True):
+        monkeypatch.setenv(name, value)
     status, _, err = script("MIX_KL_CIFAR10", "--synthetic")
     assert (status, len(err.splitlines())) == (2, 1)
     assert "4 processes, but MASTER_ADDR is not set" in err

@@ -15,9 +15,11 @@ from argparse import Namespace
 import pytest
 import torch
 from conftest import ROOT, SmallNet, write_archive
+from test_engine import Batches, flags
 
 import checkpoint
 import engine
+import evaluation
 import files
 import keeper
 import options
@@ -178,8 +180,23 @@ def test_a_process_that_the_state_does_not_know_takes_the_sums_of_the_first(stop
     assert torch.equal(torch.get_rng_state(), before)  # crops and starts of its own
 
 
-def test_a_run_that_changed_what_it_logs_goes_on_again(stopped, script):
+def test_each_process_gets_its_own_statistics_back(batch, monkeypatch):
+    args = flags("--batch-size", "32")
+    _, parts = engine.prepare(SmallNet(), Batches(*batch), args)
+    state = resume.taken(parts, resume.Progress(), args)
+    (first,) = state["processes"]
+    second = first | {"statistics": [tensor + 1 for tensor in first["statistics"]]}
+    state["processes"].append(second)
+    for rank in (1, 0):
+        monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+        resume.put_back(state, parts)
+        assert all(map(torch.equal, parts.statistics(), (first, second)[rank]["statistics"]))
+
+
+def test_a_run_that_changed_what_it_logs_goes_on_again(stopped, script, monkeypatch):
     folder, words = stopped
+    planted = dict(clean=0.5, fgsm=0.5, pgd10=0.4)  # no collapse
+    monkeypatch.setattr(evaluation, "accuracies", lambda *_, **__: planted)
     words = [*words, "--on-collapse", "rollback"]
     assert script("MIX_KL_CIFAR10", *words, "--epochs", "2", "--allow-changed")[0] == 0
     status, _, err = script("MIX_KL_CIFAR10", *words, "--allow-changed")
@@ -231,6 +248,21 @@ def test_a_path_and_the_name_of_another_run_are_refused(stopped, script):
     status, _, err = script("MIX_KL_CIFAR10", *words, "--run-name", "new")
     assert (status, len(err.splitlines())) == (2, 1) and f"goes on in {folder}" in err
     assert not (folder.parent / "new").exists()
+
+
+def test_the_flags_that_may_change_between_two_states_are_these():
+    args = options.parse_training([], "doc", {})
+    known = {action.dest for action in options.training_parser("doc", {})._actions}
+    known &= vars(args).keys() - {"factor"}  # --label-smoothing says what it came to
+    free = set()
+    for key in known:
+        with contextlib.suppress(ValueError):
+            resume.check_flags({"args": checkpoint.plain(args) | {key: "another"}}, args)
+            free.add(key)
+    assert free == {
+        "allow_changed", "compile", "data_dir", "debug", "device", "out_dir", "overwrite",
+        "precision", "resume", "run_name", "save_every",
+    }  # fmt: skip
 
 
 def test_flags_that_are_not_typed_so_are_named_as_they_are_typed():
