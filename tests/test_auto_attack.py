@@ -90,6 +90,47 @@ def test_processes_deal_batches_of_the_size_that_suits_all(case, tmp_path, monke
     assert set(seen) <= {5, sum(seen) % 5} and sum(seen) == standing.sum()  # another has halved its
 
 
+def test_an_image_that_falls_in_another_process_has_fallen(case, monkeypatch):
+    model, x, y = case
+    upright, felled = attacks.standing(model, x, y, 100), y == y[0]
+    monkeypatch.setattr(auto_attack.parallel, "minimum_", lambda mine: mine * ~felled)
+    monkeypatch.setattr(auto_attack, "fallen", lambda m, x, y, *_, **__: y < 0)  # none in this one
+    assert torch.equal(ours(*case, "square").standing, upright & ~felled)
+    assert (upright & felled).any()
+
+
+@pytest.mark.parametrize("name, version, parts", [
+    ("autoattack", "standard", 4), ("autoattack-plus", "plus", 6),
+])  # fmt: skip
+def test_the_library_is_asked_for_the_version_of_the_name(case, monkeypatch, name, version, parts):
+    made = []
+
+    class Fake:
+        def __init__(self, model, norm, eps, seed, version, device):
+            made.append((version, norm, eps, seed))
+
+        def run_standard_evaluation(self, x, y, bs):
+            return x
+
+    monkeypatch.setattr(auto_attack, "library", lambda: (Fake, "fake 1"))
+    model, x, y = case
+    ours(model, x[:9], y[:9], name)
+    assert made == [(version, "Linf", EPS, 3)] * parts
+
+
+def test_a_journal_belongs_to_a_network_its_images_labels_and_settings(case):
+    model, x, y = case
+    torch.manual_seed(0)
+    names = {
+        auto_attack.fingerprint(*given)
+        for given in (
+            (model, x, y, 1), (SmallNet(), x, y, 1), (model, x[1:], y, 1), (model, x, y[1:], 1),
+            (model, x, y, 2),
+        )
+    }  # fmt: skip
+    assert len(names) == 5
+
+
 class Killed(BaseException):
     """What a kill looks like from inside."""
 

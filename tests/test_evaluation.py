@@ -55,6 +55,15 @@ def test_verdicts_are_those_of_the_plain_loop(fitted, name, steps, restarts):
     assert 0 < expected.sum() < 200
 
 
+@pytest.mark.parametrize("name", ["fgsm", "fgsm-rs"])
+def test_one_step_is_that_of_fgsm_from_its_start(fitted, name):
+    model, x, y = fitted
+    start = x if name == "fgsm" else evaluation.uniform_starts(x, EPS, 0)
+    adv = attacks.fgsm(model, x, y, epsilon=EPS, start=start)
+    expected = torch.stack([attacks.standing(model, z, y, 512) for z in (x, start, adv)]).all(0)
+    assert torch.equal(verdicts(model, x, y, name)[0], expected) and 0 < expected.sum() < 512
+
+
 def test_shorter_attacks_read_off_a_longer_run_are_the_same(fitted):
     model, x, y = fitted
     together = verdicts(model, x, y, "pgd-2", "pgd-5", "pgd-20", "pgd-5-2")
@@ -235,6 +244,15 @@ def test_transfer_attacks_with_images_of_the_other_network(fitted):
     torch.manual_seed(0)
     other = measured(model, x, y, "transfer", source=SmallNet())[1]["transfer"]
     assert other.sum() > same.sum()
+
+
+def test_an_image_that_falls_in_another_process_has_fallen(fitted, monkeypatch):
+    model, x, y = fitted
+    upright, felled = attacks.standing(model, x, y, 512), y == y[0]
+    monkeypatch.setattr(evaluation.parallel, "minimum_", lambda mine: mine * ~felled)
+    settings = dataclasses.replace(SETTINGS, epsilon=0.0, source=model)  # none falls in this one
+    found = evaluation.transferred(model, x, y, upright, parse_attack("transfer"), settings)
+    assert torch.equal(found.standing, upright & ~felled) and (upright & felled).any()
 
 
 def test_a_batch_too_large_for_the_memory_is_halved_and_no_verdict_changes(fitted, capsys):
