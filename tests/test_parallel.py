@@ -1,6 +1,7 @@
 """Processes that train together: real ones, started by torchrun, talking over gloo."""
 
 import csv
+import importlib.util
 import io
 import json
 import os
@@ -114,8 +115,11 @@ def test_two_processes_train_as_one_does_and_measure_the_same(tmp_path, script):
     assert losses == pytest.approx(expected, abs=1e-5)
     assert losses[-1] < losses[0]
 
-    attacks_ = ["--attacks", "clean", "fgsm", "pgd-5-2", "cw-3", "--batch-size", "7"]
-    measure = [*common, "--model_path", tmp_path / "run" / "final_model.pth", *attacks_]
+    final = tmp_path / "run" / "final_model.pth"
+    attacks_ = ["clean", "fgsm", "pgd-5-2", "cw-3", "transfer"]
+    attacks_ += ["apgd-ce"] * bool(importlib.util.find_spec("pyautoattack"))
+    measure = [*common, "--model_path", final, "--transfer-from", final, "--batch-size", "2"]
+    measure += ["--attacks", *attacks_]
     code, out, err = together(tmp_path, "test_cifar10.py", *measure)
     assert code == 0, err
     assert script("test_cifar10", *measure)[0] == 0
@@ -240,18 +244,27 @@ def test_no_process_ends_at_a_signal_before_the_state_is_written(tmp_path):
             process.kill()
 
 
+def test_a_scheduler_that_names_no_address_gets_one_line(script, monkeypatch):
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    monkeypatch.setenv("SLURM_LOCALID", "0")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    status, _, err = script("MIX_KL_CIFAR10", "--synthetic")
+    assert (status, len(err.splitlines())) == (2, 1)
+    assert "4 processes, but MASTER_ADDR is not set" in err
+
+
 @pytest.mark.parametrize("names", [
     ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
     ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
 ], ids=["torchrun", "srun", "mpirun"])  # fmt: skip
-def test_each_launcher_is_known_by_its_names(names, script, monkeypatch):
+def test_each_launcher_is_known_by_its_names(names, monkeypatch):
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     for name, value in zip(names, "040", strict=True):
         monkeypatch.setenv(name, value)
-    status, _, err = script("MIX_KL_CIFAR10", "--synthetic")
-    assert (status, len(err.splitlines())) == (2, 1)
-    assert "4 processes, but MASTER_ADDR is not set" in err
+    with pytest.raises(ValueError, match="4 processes, but MASTER_ADDR is not set"):
+        parallel.start("cpu")
 
 
 def test_processes_that_cannot_meet_get_one_line(script, monkeypatch):
