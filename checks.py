@@ -129,12 +129,14 @@ def _zero_gradients(model: nn.Module, x: Tensor, y: Tensor) -> str | None:
             if logits.requires_grad
             else (None,)
         )
-    zero = 1.0 if gradient is None else (gradient.flatten(1) == 0).all(1).double().mean().item()
-    if zero > 0.05:
+    gradient = torch.zeros_like(x) if gradient is None else gradient
+    still = (gradient == 0) | ~gradient.isfinite()  # sign(nan) is 0
+    share = still.flatten(1).all(1).double().mean().item()
+    if share > 0.05:
         return (
-            f"the gradient is exactly zero on {zero:.0%} of the images. Usually a step without "
-            "gradient (rounding, thresholds), or logits so large that the softmax saturates: "
-            "attacks by gradient fail without the network being robust"
+            f"the gradient is zero or not finite on {share:.0%} of the images. Usually a step "
+            "without gradient (rounding, thresholds), a root or logarithm of 0, or logits so large "
+            "that the softmax saturates: attacks by gradient fail without the network being robust"
         )
     return None
 

@@ -34,6 +34,10 @@ def rounded(x):
     return (x * 64).round() / 64
 
 
+def nan_backward(x):
+    return x + (x - x.detach()).sqrt()  # the root of 0: infinity times 0 goes back
+
+
 def nan_where_perturbed(known):
     def after(x):
         same = (x[:, None] == known[None]).flatten(2).all(2).any(1)
@@ -49,7 +53,8 @@ MISTAKES = {
     "dropout left on": (dict(after=lambda z: F.dropout(z, 0.3)), "identical forward passes differ"),
     "normalised twice": (dict(before=lambda x: (x - 0.5) / 0.25), "far below the 9"),
     "constant output": (dict(after=lambda z: 0 * z), "is chance"),
-    "gradients cut by rounding": (dict(before=rounded), "gradient is exactly zero on 100%"),
+    "gradients cut by rounding": (dict(before=rounded), "gradient is zero or not finite on 100%"),
+    "gradients that are NaN": (dict(before=nan_backward), "gradient is zero or not finite on 100%"),
 }
 
 
