@@ -192,9 +192,8 @@ def by_ascent(
     for attack in members:
         used = runs[: attack.restarts]
         fell = torch.stack([run.first_fooled for run in used]).amin(0) <= attack.steps
-        costs = [(run.seconds, run.passes, min(attack.steps, len(run.passes) - 1)) for run in used]
-        seconds = sum(seconds[step] for seconds, _, step in costs)
-        passes = parallel.total(sum(passes[step] for _, passes, step in costs))
+        seconds = sum(run.seconds[attack.steps] for run in used)
+        passes = parallel.total(sum(run.passes[attack.steps] for run in used))
         outcomes.append(Outcome(upright & ~fell, seconds, passes))
     return outcomes
 
@@ -254,13 +253,16 @@ def evaluate(
 
     Returns:
         The rows of the report, one per attack with its parameters and cost; the verdicts: by attack
-        (N,) which images stand; and files to delete once both are written.
+        (N,) which images stand, in a cascade against those named before it too; and files to delete
+        once both are written.
     """
     chosen = list(dict.fromkeys(parse_attack(name) for name in names))
     found = standing_images(model, x, y, chosen, settings)
-    rows, verdicts = [], {}
+    rows, verdicts, left = [], {}, torch.ones_like(y, dtype=torch.bool)
     for attack in chosen:
-        outcome, verdicts[attack.name] = found[attack], found[attack].standing.cpu()
+        outcome = found[attack]
+        left = outcome.standing & left if settings.cascade else outcome.standing
+        verdicts[attack.name] = left.cpu()
         row = {"attack": attack.name, "loss": attack.loss, "epsilon": settings.epsilon}
         row |= {"seed": settings.seed, "alpha": attack.alpha(settings.epsilon)}
         row |= {"steps": attack.steps, "restarts": attack.restarts, "start": attack.start}

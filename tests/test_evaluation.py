@@ -232,6 +232,11 @@ def test_a_cascade_attacks_survivors_only_and_ends_in_the_same_worst_case(fitted
     counts = [row["correct"] for row in together["attacks"]]
     assert counts == sorted(counts, reverse=True) and counts[-1] == apart["worst_case"]["correct"]
     assert together["attacks"][2]["passes"] < apart["attacks"][2]["passes"]
+    # pgd-2 is read off the run of pgd-5, before cw-5
+    found = measured(*fitted, "pgd-2", "cw-5", "pgd-5", "clean", cascade=True)[1]
+    counts = [int(verdict.sum()) for verdict in found.values()]
+    assert list(found) == ["pgd-2", "cw-5", "pgd-5", "clean"]
+    assert counts == sorted(counts, reverse=True) and counts[-1] == apart["worst_case"]["correct"]
 
 
 def test_transfer_attacks_with_images_of_the_other_network(fitted):
