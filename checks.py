@@ -171,33 +171,45 @@ def _large_epsilon(model: nn.Module, x: Tensor, y: Tensor) -> str | None:
     return None
 
 
+def _too_short(row: dict[str, object]) -> bool:
+    """Return whether the steps of PGD or CW cannot lead from one side of the ball to the other."""
+    return row["steps"] * row["alpha"] < 1.999 * row["epsilon"]
+
+
+def of_the_steps(rows: list[dict[str, object]]) -> list[str]:
+    """Return a warning where the longest attack of PGD or of CW in a report is too short."""
+    found = []
+    for family in ("pgd", "cw"):
+        members = [row for row in rows if row["attack"].startswith(family)]
+        longest = max(members, key=lambda row: row["steps"], default=None)
+        if longest and _too_short(longest):
+            found.append(
+                f"{longest['attack']}: {longest['steps']} steps of {255 * longest['alpha']:g}/255 "
+                f"cannot cross a ball of {255 * longest['epsilon']:g}/255; take more steps"
+            )
+    return found
+
+
 def of_the_rows(rows: list[dict[str, object]]) -> list[str]:
     """Compare the attacks of one report with each other and return the warnings."""
     accuracy = {row["attack"]: row["accuracy"] for row in rows}
-    pgd = {  # by restarts and steps
-        (row["restarts"], row["steps"]): row["accuracy"]
-        for row in rows if row["attack"].startswith("pgd")
-    }  # fmt: skip
+    pgd = [
+        row["accuracy"] for row in rows if row["attack"].startswith("pgd") and not _too_short(row)
+    ]
     strong = {
         name: value for name, value in accuracy.items() if name.startswith(("cw", "autoattack"))
     }
     found = []
     if pgd and strong:
         name, least = min(strong.items(), key=lambda item: item[1])
-        if min(pgd.values()) - least > GAP:
+        if min(pgd) - least > GAP:
             found.append(
-                f"CE-PGD leaves {min(pgd.values()):.1%}, {name} only {least:.1%}. Usually logits "
+                f"CE-PGD leaves {min(pgd):.1%}, {name} only {least:.1%}. Usually logits "
                 "that flatten the cross-entropy (temperature, smoothing): PGD flatters this network"
             )
-    for fewer, more in pairwise(sorted(pgd)):
-        if fewer[0] == more[0] and pgd[more] > pgd[fewer] + NOISE:
-            found.append(
-                f"accuracy rises from {pgd[fewer]:.1%} to {pgd[more]:.1%} from PGD-{fewer[1]} to "
-                f"PGD-{more[1]}. Usually masked gradients, or a random network"
-            )
-    if pgd and accuracy.get("fgsm", 1.0) < min(pgd.values()) - NOISE:
+    if pgd and accuracy.get("fgsm", 1.0) < min(pgd) - NOISE:
         found.append(
-            f"FGSM leaves {accuracy['fgsm']:.1%}, less than PGD ({min(pgd.values()):.1%}). Usually "
+            f"FGSM leaves {accuracy['fgsm']:.1%}, less than PGD ({min(pgd):.1%}). Usually "
             "masked gradients: one step should not beat many"
         )
     found += _black_box(rows, accuracy, pgd)
@@ -205,24 +217,23 @@ def of_the_rows(rows: list[dict[str, object]]) -> list[str]:
 
 
 def _black_box(
-    rows: list[dict[str, object]], accuracy: dict[str, float], pgd: dict[tuple[int, int], float]
+    rows: list[dict[str, object]], accuracy: dict[str, float], pgd: list[float]
 ) -> list[str]:
     found = []
     for name in ("transfer", "square"):
-        if pgd and accuracy.get(name, 1.0) < min(pgd.values()) - NOISE:
+        if pgd and accuracy.get(name, 1.0) < min(pgd) - NOISE:
             found.append(
                 f"{name}, which sees no gradient, leaves {accuracy[name]:.1%}, less than PGD "
-                f"({min(pgd.values()):.1%}). Usually masked gradients"
+                f"({min(pgd):.1%}). Usually masked gradients"
             )
     for row in rows:
-        after = row.get("standing_after", {})
-        fell = next((a - b for (_, a), (part, b) in pairwise(after.items()) if part == "square"), 0)
-        if fell > 0.002 * row["n"]:
-            found.append(
-                f"{row['attack']}: square, which sees no gradient, fools {fell} images that stood "
-                "against the attacks by gradient before it. Usually masked gradients: the true "
-                "accuracy may be lower still"
-            )
+        for (_, before), (part, after) in pairwise(row.get("standing_after", {}).items()):
+            if part == "square" and before - after > 0.002 * row["n"]:
+                found.append(
+                    f"{row['attack']}: square, which sees no gradient, fools {before - after} "
+                    "images that stood against the attacks by gradient before it. Usually masked "
+                    "gradients: the true accuracy may be lower still"
+                )
     return found
 
 

@@ -133,6 +133,7 @@ def warnings(
     model: nn.Module, x: Tensor, y: Tensor, measured: dict[str, object], cascade: bool
 ) -> list[str]:
     """Return all warnings about one report; accuracies of a cascade cannot be compared."""
+    rows = measured["attacks"]
     epsilon = max(measured["epsilon"], 1 / 255)
     found = evaluation.within_memory(
         evaluation.Settings(epsilon=epsilon, batch_size=PROBED, seed=0),
@@ -140,7 +141,8 @@ def warnings(
             model, x[:size], y[:size], epsilon=epsilon, recorded=measured["recorded_clean"]
         ),
     )
-    return found if cascade else found + checks.of_the_rows(measured["attacks"])
+    found += checks.of_the_steps(rows)
+    return found if cascade else found + checks.of_the_rows(rows)
 
 
 def sweep(reports: list[dict[str, object]], path: Path) -> str:
