@@ -16,7 +16,7 @@ GAP = 0.06  # more than this between CE-PGD and CW or AutoAttack is no ordinary 
 NOISE = 0.02  # an accuracy that rises by less says nothing
 SCALES = tuple(2.0**k for k in range(-12, 13))  # of the logits, among which the best is sought
 FITTING = 4  # honest networks that were seen lie within this factor of the best
-ENOUGH = 20  # clean hits; shares of fewer say nothing
+ENOUGH = 20  # images; shares of fewer say nothing
 LARGE = 64 / 255  # a perturbation in which any image can be changed beyond recognition
 
 
@@ -39,8 +39,9 @@ def of_the_network(
             perturbed = model((x + noise).clamp(0, 1))
         found = [
             _non_finite(logits, perturbed), _probabilities(logits), _random(logits, again),
-            _near_chance(logits, y), _below_record(logits, y, recorded),
         ]  # fmt: skip
+        if len(y) >= ENOUGH:
+            found += [_near_chance(logits, y), _below_record(logits, y, recorded)]
         scale = _fitted_scale(logits, y)
         right = ~attacks.fooled(logits, y)
         if right.sum() >= ENOUGH and not any(found[:2]):
@@ -112,7 +113,10 @@ def _near_chance(logits: Tensor, y: Tensor) -> str | None:
 
 def _below_record(logits: Tensor, y: Tensor, recorded: float | None) -> str | None:
     accuracy = (~attacks.fooled(logits, y)).double().mean().item()
-    if recorded is not None and accuracy < recorded - 0.1:
+    if recorded is None:
+        return None
+    error = (max(0, recorded * (1 - recorded)) / len(y)) ** 0.5  # the standard error
+    if accuracy < recorded - 0.1 - 3 * error:
         return (
             f"clean accuracy {accuracy:.1%} is far below the {recorded:.1%} that the training "
             "wrote into the file. Usually images normalised twice or not at all, or other weights"

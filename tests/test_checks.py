@@ -119,6 +119,16 @@ def test_a_few_clean_hits_say_nothing(fitted):
     assert warnings_of(Planted(model, before=rounded), x[right], y[right]) == []
 
 
+def test_a_few_images_that_happen_to_be_hard_raise_no_alarm(fitted):
+    """One in eight sets of 20 images, at an accuracy of 65 %, has at most half of them right."""
+    model, x, _ = fitted
+    x = x[:20]
+    y = model(x).argmax(1)
+    y[:10] = (y[:10] + 1) % 10
+    assert warnings_of(model, x, y, 0.65) == []
+    assert warnings_of(model, x[: checks.ENOUGH - 1], (y[: checks.ENOUGH - 1] + 1) % 10) == []
+
+
 def test_probing_moves_nothing(fitted):
     model, x, y = fitted
     model = copy.deepcopy(model).train()

@@ -61,7 +61,7 @@ def report_of(case):
 
 
 def test_the_report_says_what_was_measured(case, script):
-    out = measure(script, case, "--attacks", "clean", "fgsm-rs", "pgd-2")
+    out = measure(script, case, "--attacks", "clean", "fgsm-rs", "pgd-2", "--n-examples", "20")
     found = report_of(case)
     assert found["sha256"] == checkpoint.sha256(case / "model.pth")
     assert (found["dataset"], found["origin"], found["test_images"]) == (
@@ -69,7 +69,7 @@ def test_the_report_says_what_was_measured(case, script):
         "unofficial",
         40,
     )
-    assert found["n"] == 16 and len(found["attacks"][0]["per_class"]) == 10
+    assert found["n"] == 20 and len(found["attacks"][0]["per_class"]) == 10
     assert [row["attack"] for row in found["attacks"]] == ["clean", "fgsm-rs", "pgd-2"]
     assert any("is chance" in text for text in found["warnings"])
     assert all(f"warning: {text}" in out for text in found["warnings"])
