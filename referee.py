@@ -100,13 +100,14 @@ def measure(
         The report at the size nearest to ``--epsilon``; None in a process that writes nothing.
     """
     files.probe(args.out_dir)
-    stem, reports = stem_of(args.model_path), []
+    stem, reports, journals = stem_of(args.model_path), [], []
     for epsilon in sizes:
         settings = evaluation.Settings(
             epsilon=epsilon, batch_size=args.batch_size, seed=args.seed, cascade=args.cascade,
             progress=True, journal=args.out_dir, source=source,
         )  # fmt: skip
-        rows, verdicts, journals = evaluation.evaluate(model, x, y, args.attacks, settings)
+        rows, verdicts, kept = evaluation.evaluate(model, x, y, args.attacks, settings)
+        journals += kept
         here = {"epsilon": epsilon, "cascade": args.cascade, "machine": report.machine(x.device)}
         with parallel.rank_0_first():
             if not parallel.rank():
@@ -117,8 +118,8 @@ def measure(
                 path = report.write(measured, verdicts, y, args.out_dir, f"{stem}{suffix}-report")
                 print(f"report: {path}")
                 reports.append(measured)
-        for journal in journals:  # each process has its own
-            journal.unlink(missing_ok=True)
+    for journal in journals:  # each process has its own; an interrupted sweep needs those of all
+        journal.unlink(missing_ok=True)
     if len(reports) > 1:
         print(sweep(reports, args.out_dir / f"{stem}-sweep.png"))
     return min(reports, key=lambda f: abs(255 * f["epsilon"] - args.epsilon), default=None)

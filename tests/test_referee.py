@@ -282,6 +282,22 @@ def test_the_export_loads_in_a_fresh_process_with_the_same_logits(tmp_path, name
         export.write(folder, network, name, words, found)
 
 
+def test_the_journals_of_a_sweep_live_until_its_last_size_is_reported(case, script, monkeypatch):
+    measured, seen = referee.evaluation.evaluate, []
+
+    def evaluate(*args):
+        rows, verdicts, _ = measured(*args)
+        seen.append([path.exists() for path in journals])
+        journals.append(args[-1].journal / f".journal-{len(journals)}.json")
+        journals[-1].write_text("{}")
+        return rows, verdicts, journals[-1:]
+
+    journals = []
+    monkeypatch.setattr(referee.evaluation, "evaluate", evaluate)
+    measure(script, case, "--attacks", "clean", "--eps", "0", "4", "8")
+    assert seen == [[], [True], [True, True]] and not any(path.exists() for path in journals)
+
+
 @pytest.mark.slow
 def test_a_measurement_killed_at_random_ends_in_the_report_of_an_uninterrupted_one(case):
     pytest.importorskip("pyautoattack", reason="pip install -r requirements-eval.txt")
