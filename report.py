@@ -16,6 +16,10 @@ from torch import Tensor
 
 import files
 
+DAMAGED = (  # what a file that does not hold verdicts may raise
+    OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile,
+    zlib.error,
+)  # fmt: skip
 Z95 = 1.959963984540054  # of the normal distribution
 
 
@@ -145,39 +149,47 @@ def verdict_file(path: Path) -> Path:
 
 
 def read(path: Path) -> dict[str, object]:
-    """Return a report from its file.
+    """Return a report from its file, of which every line of a comparison can be made.
 
     Raises:
+        OSError: It cannot be read.
         ValueError: It is not a report.
     """
     try:
         found = json.loads(path.read_text())
-        for row in (found["worst_case"], *found["attacks"]):
-            row["correct"], row["n"], row["accuracy"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        what(found)
+        f"{found['worst_case']['accuracy']:.2%}"
+        for row in found["attacks"]:
+            f"{row['attack']:<16}{row['accuracy']:.2%}"
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"--compare {path}: not a report of this project") from error
     return found
 
 
 def read_verdicts(path: Path) -> dict[str, np.ndarray]:
-    """Return the verdicts beside a report.
+    """Return the verdicts beside a report, and the labels of their images.
 
     Raises:
-        ValueError: Their file is damaged.
+        ValueError: Their file is damaged, or holds something else.
     """
     file = verdict_file(path)
     try:
         with np.load(file) as found:
-            return dict(found)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            arrays = dict(found)
+        shape = arrays["labels"].shape
+        if any(a.shape != shape or a.dtype != bool for k, a in arrays.items() if k != "labels"):
+            raise ValueError("not a verdict for each label")
+    except DAMAGED as error:
         raise ValueError(f"--compare {path}: {file} is damaged; measure again") from error
+    return arrays
 
 
 def compared(paths: list[Path]) -> str:
     """Return reports side by side: accuracies, mean and deviation, and McNemar's test for pairs.
 
     Raises:
-        ValueError: A file is not a report.
+        OSError: A file cannot be read.
+        ValueError: It is not a report.
     """
     reports = [read(path) for path in paths]
     columns = [
@@ -188,6 +200,8 @@ def compared(paths: list[Path]) -> str:
     if any(column.keys() != columns[0].keys() for column in columns):
         names.remove("worst case")  # it would be that over other attacks
     about = [what(found) for found in reports]
+    plain = [what(found | {"transfer_from": None}) for found in reports]
+    sources = [(found.get("transfer_from") or {}).get("sha256") for found in reports]
     lines = [f"[{i}] {path}  ({text})" for i, (path, text) in
              enumerate(zip(paths, about, strict=True), 1)]  # fmt: skip
     head = "".join(f"{f'[{i}]':>10}" for i in range(1, len(paths) + 1))
@@ -197,11 +211,16 @@ def compared(paths: list[Path]) -> str:
         cells = "".join(f"{share:>10.2%}" for share in shares)
         deviation = np.std(shares, ddof=1) if len(shares) > 1 else 0.0
         lines.append(f"{name:<16}{cells}{np.mean(shares):>10.2%}{100 * deviation:>8.2f}")
-    for second in range(1, len(paths)):
-        if about[0] == about[second]:
-            lines += _paired(paths, 0, second, names)
-        else:
-            lines.append(f"[1] and [{second + 1}]: not measured alike, no test")
+    for i in range(1, len(paths)):
+        tested, other = names, sources[i] != sources[0]
+        # in a cascade the attacks after transfer saw what it left
+        if plain[i] != plain[0] or (other and reports[0].get("cascade")):
+            lines.append(f"[1] and [{i + 1}]: not measured alike, no test")
+            continue
+        if other:
+            tested = [name for name in names if name not in ("transfer", "worst case")]
+            lines.append(f"[1] and [{i + 1}]: transfer from other networks, no test of that")
+        lines += _paired(paths[0], paths[i], i + 1, tested)
     return "\n".join(lines)
 
 
@@ -216,19 +235,18 @@ def what(report: dict[str, object]) -> str:
     return text
 
 
-def _paired(paths: list[Path], first: int, second: int, names: list[str]) -> list[str]:
-    files = [verdict_file(paths[index]) for index in (first, second)]
-    if not all(file.exists() for file in files):
-        return [f"[{first + 1}] and [{second + 1}]: no verdicts beside both reports, no test"]
-    one, two = (read_verdicts(paths[index]) for index in (first, second))
+def _paired(first: Path, second: Path, number: int, names: list[str]) -> list[str]:
+    if not (verdict_file(first).exists() and verdict_file(second).exists()):
+        return [f"[1] and [{number}]: no verdicts beside both reports, no test"]
+    one, two = read_verdicts(first), read_verdicts(second)
     if not np.array_equal(one["labels"], two["labels"]):
-        return [f"[{first + 1}] and [{second + 1}]: not the same images, no test"]
+        return [f"[1] and [{number}]: not the same images, no test"]
     lines = []
     for name in names:
         if name in one and name in two:
             a, b, p = mcnemar(one[name], two[name])
             lines.append(
-                f"[{first + 1}] against [{second + 1}], {name}: {a} images right only in the "
-                f"first, {b} only in the second, McNemar p = {p:.2g}"
+                f"[1] against [{number}], {name}: {a} images right only in the first, {b} only in "
+                f"the second, McNemar p = {p:.2g}"
             )
     return lines

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import ShortOfMemory, SmallNet
+from conftest import ROOT, ShortOfMemory, SmallNet
 from torch import nn
 
 import attacks
@@ -364,7 +364,57 @@ def test_reports_of_other_attacks_have_no_common_worst_case(fitted, tmp_path, sc
         for name in "ab"
     )
     _, out, _ = script("test_cifar10", "--compare", one, other)
-    assert "transfer from a.pth aaaaaaaa)" in out and "not measured alike" in out
+    assert "transfer from a.pth aaaaaaaa)" in out and "clean: 0 images" in out
+    assert "transfer from other networks, no test" in out and "worst case: " not in out
+    same = written("clean", transfer_from={"checkpoint": "elsewhere/a.pth", "sha256": "a" * 8})
+    out = script("test_cifar10", "--compare", one, same)[1]
+    assert "worst case: 0 images" in out and "no test" not in out
+    one, other = (
+        written("clean", cascade=True, transfer_from={"checkpoint": "a.pth", "sha256": name * 8})
+        for name in "ab"
+    )
+    assert "not measured alike" in script("test_cifar10", "--compare", one, other)[1]
+
+
+def test_a_report_of_before_the_study_can_be_compared(script):
+    old = ROOT / "results" / "cifar10-mix_kl" / "report.json"
+    status, out, _ = script("test_cifar10", "--compare", old, old)
+    assert status == 0 and "no verdicts beside both reports" in out
+
+
+def odd(**changes):
+    return lambda found: found.update(changes)
+
+
+@pytest.mark.parametrize("change", [
+    lambda found: found.pop("n"), lambda found: found["attacks"][0].pop("attack"),
+    lambda found: found["attacks"][0].update(accuracy="much"), odd(epsilon=None), odd(n="many"),
+    odd(worst_case={}), odd(attacks=[None]), odd(transfer_from={"checkpoint": "a.pth"}),
+])  # fmt: skip
+def test_what_is_no_report_is_one_line_that_names_the_file(change, a_report, tmp_path, script):
+    found = json.loads(json.dumps(a_report[0]))
+    change(found)
+    (tmp_path / "r.json").write_text(json.dumps(found))
+    status, _, err = script("test_cifar10", "--compare", tmp_path / "r.json")
+    assert (status, len(err.splitlines())) == (2, 1)
+    assert "r.json: not a report of this project" in err
+    status, _, err = script("test_cifar10", "--compare", tmp_path / "none.json")
+    assert (status, len(err.splitlines())) == (2, 1)
+    assert "none.json" in err and "not a report" not in err
+
+
+@pytest.mark.parametrize("content", [
+    dict(clean=np.ones(512, bool)), dict(clean=np.ones(3, bool), labels=np.ones(512, int)),
+    dict(clean=np.ones(512), labels=np.ones(512, int)), None,
+])  # fmt: skip
+def test_what_are_no_verdicts_is_one_line_that_names_the_file(
+    content, a_report, fitted, tmp_path, script
+):
+    path = report.write(*a_report, fitted[2], tmp_path, "r")
+    with report.verdict_file(path).open("wb") as file:
+        np.savez(file, **content) if content else np.save(file, np.ones(512, bool))
+    status, _, err = script("test_cifar10", "--compare", path, path)
+    assert (status, len(err.splitlines())) == (2, 1) and "is damaged; measure again" in err
 
 
 def test_measuring_moves_nothing(batch):
