@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import attacks
+import files
 import plots
 import utils
 
@@ -26,6 +27,10 @@ def _show(axes, image: Tensor, title: str, label: str = "") -> None:
 def _stretched(delta: Tensor, epsilon: float) -> Tensor:
     """Return a perturbation as an image: grey is 0, black and white are -epsilon and epsilon."""
     return 0.5 + delta / (2 * epsilon)
+
+
+def _save(figure, path: Path) -> None:
+    files.write(path, lambda file: figure.savefig(file, dpi=130))
 
 
 def sweep(rows: dict[str, dict[float, dict[str, object]]], path: Path) -> None:
@@ -47,7 +52,7 @@ def sweep(rows: dict[str, dict[float, dict[str, object]]], path: Path) -> None:
     axes.set_xticks(sizes)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    figure.savefig(path, dpi=130)
+    _save(figure, path)
 
 
 def images(
@@ -79,7 +84,7 @@ def images(
         _show(axes[2, i], x_adv[i], fooled, "PGD-20" * first)
         wrong = bool(after.indices[i] != y[i])
         axes[2, i].title.set_color("tab:red" if wrong else "black")
-    figure.savefig(path, dpi=130)
+    _save(figure, path)
 
 
 def surface(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, path: Path) -> None:
@@ -116,7 +121,7 @@ def surface(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, path: Path) 
     line.set(xlabel="distance [1/255]", ylabel="cross-entropy", ylim=(0, None))
     line.grid(alpha=0.3)
     line.legend(fontsize=8)
-    figure.savefig(path, dpi=130)
+    _save(figure, path)
 
 
 def method(
@@ -170,7 +175,7 @@ def method(
         kl = utils.temperature_kl(after[:1], logits[:1], temperature)
         _bars(row[4], logits[0] / temperature, after[0] / temperature, classes,
               f"T = {temperature:g}: T² KL = {kl:.3f}")  # fmt: skip
-    figure.savefig(path, dpi=130)
+    _save(figure, path)
 
 
 def _bars(axes, start: Tensor, after: Tensor, classes: tuple[str, ...], title: str) -> None:

@@ -85,7 +85,7 @@ def measure(
     sizes: list[float],
     args: argparse.Namespace,
     source: nn.Module | None,
-) -> dict[str, object] | None:
+) -> tuple[Path, dict[str, object]] | None:
     """Attack, warn, print and write a report for each epsilon; with several, draw the sweep.
 
     Args:
@@ -97,7 +97,8 @@ def measure(
         source: Network on which the attack ``transfer`` makes its images.
 
     Returns:
-        The report at the size nearest to ``--epsilon``; None in a process that writes nothing.
+        The report at the size nearest to ``--epsilon`` and its file; None in a process that writes
+        nothing.
     """
     files.probe(args.out_dir)
     stem, reports, journals = stem_of(args.model_path), [], []
@@ -117,12 +118,13 @@ def measure(
                 suffix = f"-eps{255 * epsilon:g}" if len(sizes) > 1 else ""
                 path = report.write(measured, verdicts, y, args.out_dir, f"{stem}{suffix}-report")
                 print(f"report: {path}")
-                reports.append(measured)
+                reports.append((path, measured))
     for journal in journals:  # each process has its own; an interrupted sweep needs those of all
         journal.unlink(missing_ok=True)
     if len(reports) > 1:
-        print(sweep(reports, args.out_dir / f"{stem}-sweep.png"))
-    return min(reports, key=lambda f: abs(255 * f["epsilon"] - args.epsilon), default=None)
+        path = report.free(args.out_dir / f"{stem}-sweep.png")
+        print(sweep([measured for _, measured in reports], path))
+    return min(reports, key=lambda r: abs(255 * r[1]["epsilon"] - args.epsilon), default=None)
 
 
 def stem_of(path: Path) -> str:
@@ -167,24 +169,25 @@ def sweep(reports: list[dict[str, object]], path: Path) -> str:
 def extras(
     model: nn.Module,
     network: dict[str, object],
-    measured: dict[str, object],
+    measured: tuple[Path, dict[str, object]],
     x: Tensor,
     y: Tensor,
     classes: tuple[str, ...],
     args: argparse.Namespace,
 ) -> None:
-    """Export the network and draw the pictures, where the flags ask for it."""
+    """Export the network and draw the pictures of a report, where the flags ask for it."""
+    written, found = measured
     if args.export:
-        print(f"export: {export.write(args.export, model, measured['model'], network, measured)}")
+        print(f"export: {export.write(args.export, model, found['model'], network, found)}")
     if args.pictures:
-        stem, epsilon = stem_of(args.model_path), measured["epsilon"]
+        epsilon = found["epsilon"]
         drawn = {
             "images": lambda path: pictures.images(model, x, y, classes, epsilon, path),
             "surface": lambda path: pictures.surface(model, x[:PROBED], y[:PROBED], epsilon, path),
             "method": lambda path: pictures.method(model, x, y, classes, epsilon, path),
         }
         for name, draw in drawn.items():
-            path = args.out_dir / f"{stem}-{name}.png"
+            path = written.with_name(name.join(written.stem.rsplit("report", 1)) + ".png")
             with torch.random.fork_rng(devices=[]):
                 draw(path)
             print(f"{name}: {path}")

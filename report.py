@@ -128,16 +128,22 @@ def write(
         labels.
     """
     out_dir.mkdir(parents=True, exist_ok=True)
-    for number in range(1, 1_000_000):
-        path = out_dir / (f"{stem}.json" if number == 1 else f"{stem}-{number}.json")
-        if not path.exists():
-            arrays = {name: verdict.numpy() for name, verdict in verdicts.items()}
-            arrays["worst case"] = np.all(list(arrays.values()), axis=0)
-            arrays["labels"] = y.cpu().numpy()
-            files.write(verdict_file(path), partial(np.savez_compressed, **arrays))
-            files.write_text(path, json.dumps(report, indent=2) + "\n")
-            return path
-    raise ValueError(f"{out_dir}: too many reports")
+    path = free(out_dir / f"{stem}.json")
+    arrays = {name: verdict.numpy() for name, verdict in verdicts.items()}
+    arrays["worst case"] = np.all(list(arrays.values()), axis=0)
+    arrays["labels"] = y.cpu().numpy()
+    files.write(verdict_file(path), partial(np.savez_compressed, **arrays))
+    files.write_text(path, json.dumps(report, indent=2) + "\n")
+    return path
+
+
+def free(path: Path) -> Path:
+    """Return ``path``; where it exists, the first of ``-2``, ``-3``, ... before its suffix."""
+    number, found = 1, path
+    while found.exists():
+        number += 1
+        found = path.with_stem(f"{path.stem}-{number}")
+    return found
 
 
 def verdict_file(path: Path) -> Path:

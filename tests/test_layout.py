@@ -53,7 +53,7 @@ MAY_IMPORT = {
     "keeper": {"checkpoint", "files", "parallel", "resume"},
     "options": {"parallel", "presets", "values"},
     "parallel": {"utils"},
-    "pictures": {"attacks", "plots", "utils"},
+    "pictures": {"attacks", "files", "plots", "utils"},
     "plots": set(),
     "presets": set(),
     "record": {"checkpoint", "files", "plots", "utils"},

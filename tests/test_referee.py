@@ -94,6 +94,30 @@ def test_pictures_are_drawn(case, script):
         assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 5000
 
 
+def test_pictures_have_the_number_of_their_report_and_none_is_overwritten(
+    case, script, monkeypatch
+):
+    measure(script, case, "--attacks", "clean")
+    words = ["--attacks", "clean", "--n-examples", "2", "--pictures"]
+    measure(script, case, *words)
+    for sizes in (["0", "8"], ["4", "8"]):
+        measure(script, case, *words, "--eps", *sizes)
+    ends = ["-images-2", "-sweep", "-sweep-2", "-eps8-images", "-eps8-images-2"]
+    names = {path.name for path in (case / "out").glob("*.png")}
+    assert {f"{case.name}-model{end}.png" for end in ends} <= names and len(names) == 2 + 3 * 3
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    status, _, err = script(
+        "test_cifar10", "--model_path", case / "model.pth", "--data-dir", case, "--out_dir",
+        case / "out", *words,
+    )  # fmt: skip
+    assert (status, len(err.splitlines())) == (2, 1)
+    assert f"{case.name}-model-images-3.png: cannot be written" in err
+
+
 def test_a_sweep_warns_where_accuracy_rises(tmp_path):
     def found(epsilon, share):
         row = {"attack": "pgd-2", "accuracy": share, "epsilon": epsilon, "interval": [share, share]}
