@@ -49,7 +49,7 @@ def plain(model, x, y, *, steps, restarts, batch_size):
 
 def main():
     """Time both, count both, compare the verdicts and print the table."""
-    made = parser(__doc__, rounds=1)
+    made = parser(__doc__)
     made.add_argument("--model_path", type=Path, required=True)
     made.add_argument("--data-dir", type=Path, default=Path("cifar-data"))
     made.add_argument("--synthetic", action="store_true", help="use the built-in synthetic images")

@@ -19,14 +19,16 @@ from timing import parser, show
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def images_per_second(width: int, batch_size: int, processes: int, steps: int) -> float:
+def images_per_second(
+    width: int, batch_size: int, processes: int, steps: int, device: str
+) -> float:
     """Train two epochs of ``steps`` steps and return the speed of the second."""
     with tempfile.TemporaryDirectory() as folder:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
         launcher = [*launcher, str(processes)] if processes > 1 else []
         threads = max(1, (os.cpu_count() or 1) // processes)
         words = ["--synthetic", "--epochs", 2, "--held-out", 8, "--out_dir", folder, "--run-name",
-                 "run", "--width", width, "--batch-size", batch_size,
+                 "run", "--width", width, "--batch-size", batch_size, "--device", device,
                  "--train-images", steps * batch_size]  # fmt: skip
         command = [sys.executable, *launcher, ROOT / "MIX_KL_CIFAR10.py", *map(str, words)]
         environ = os.environ | {"OMP_NUM_THREADS": str(threads)}
@@ -38,7 +40,7 @@ def images_per_second(width: int, batch_size: int, processes: int, steps: int) -
 
 def main():
     """Measure each combination and print the table."""
-    made = parser(__doc__, rounds=1)
+    made = parser(__doc__)
     made.add_argument("--widths", type=int, nargs="+", default=[16, 32, 64])
     made.add_argument("--batch-sizes", type=int, nargs="+", default=[64, 128, 256])
     made.add_argument("--processes", type=int, nargs="+", default=[1])
@@ -46,7 +48,7 @@ def main():
     args = made.parse_args()
     rows = [
         {"width": width, "batch": batch, "processes": processes,
-         "images/s": images_per_second(width, batch, processes, args.steps)}
+         "images/s": images_per_second(width, batch, processes, args.steps, args.device)}
         for processes in args.processes for width in args.widths for batch in args.batch_sizes
     ]  # fmt: skip
     show(f"training speed, PreActResNet18, {args.steps} steps", rows, args)

@@ -18,14 +18,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from anyw
 import report
 
 
-def parser(doc: str, *, rounds: int) -> argparse.ArgumentParser:
-    """Return a parser of the flags that every benchmark has."""
+def parser(doc: str, *, rounds: int = 0) -> argparse.ArgumentParser:
+    """Return a parser of the flags of every benchmark, and of ``--rounds`` where it takes any."""
     made = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    made.add_argument(
-        "--rounds", type=int, default=rounds, help="timed rounds (default %(default)s)"
-    )
+    if rounds:
+        made.add_argument(
+            "--rounds", type=int, default=rounds, help="timed rounds (default %(default)s)"
+        )
     made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     made.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers here")
     return made

@@ -1,8 +1,11 @@
 """The benchmarks run, and count what they claim; their times are not tested."""
 
+import importlib
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, write_archive
@@ -18,6 +21,27 @@ def run(cwd, name, *words):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout, json.loads((cwd / "found.json").read_text())[0]
+
+
+@pytest.mark.parametrize("name", [path.name for path in (ROOT / "benchmarks").glob("*_*.py")])
+def test_a_benchmark_offers_rounds_where_it_takes_any(name):
+    text = (ROOT / "benchmarks" / name).read_text()
+    assert ("parser(__doc__, rounds=" in text) == bool(re.search(r"(args|given)\.rounds", text))
+
+
+def test_scaling_trains_on_the_device_that_is_named(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    scaling, commands = importlib.import_module("scaling"), []
+
+    def run(command, **_):
+        commands.append(command)
+        folder = Path(command[command.index("--out_dir") + 1]) / "run"
+        folder.mkdir()
+        (folder / "log.csv").write_text("train_seconds\n2\n")
+
+    monkeypatch.setattr(scaling.subprocess, "run", run)
+    assert scaling.images_per_second(8, 16, 1, 3, "cuda:1") == 24
+    assert commands[0][commands[0].index("--device") + 1] == "cuda:1"
 
 
 @pytest.mark.slow
