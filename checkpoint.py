@@ -217,7 +217,7 @@ def architecture(
         if not args.model:
             raise ValueError(f"{path}: a bare state dict; name its network with --model")
         network = {"num_classes": num_classes, "width": args.width}
-        return args.model, network | (statistics if args.normalize == "dataset" else {})
+        return args.model, network | ({} if args.normalize == "none" else statistics)
     if saved["num_classes"] != num_classes:
         raise ValueError(
             f"{path}: trained on {saved['dataset']} ({saved['num_classes']} classes); "

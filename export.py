@@ -11,6 +11,7 @@ from torch import nn
 import files
 
 SOURCES = Path(__file__).parent / "models"
+FUNCTIONS = {"resnet18": "resnet18", "preactresnet18": "preact_resnet18"}  # the others are wide
 LOADER = '''
 
 def load_model():
@@ -32,7 +33,7 @@ def source(constructor: str) -> str:
     Args:
         constructor: The call that builds the network.
     """
-    parts = ['"""A network trained with MIX-KL, with its normalisation inside."""\n']
+    parts = ['"""A network that maps images in [0, 1] to logits."""\n']
     for name in ("normalize", "resnet", "preact_resnet", "wide_resnet"):
         lines = (SOURCES / f"{name}.py").read_text().splitlines()
         parts.append("\n".join(line for line in lines if not line.startswith("from models")))
@@ -50,10 +51,9 @@ def constructor(name: str, network: dict[str, object]) -> str:
     if name.startswith("Wide"):
         depth, widen = name.removeprefix("WideResNet").split("-")
         words |= {"depth": int(depth), "widen": int(widen)}
-        function = "wide_resnet"
-    else:
-        words |= {"width": network["width"]} if network.get("width") else {}
-        function = name.lower().replace("preactresnet18", "preact_resnet18")
+    elif network.get("width"):
+        words["width"] = network["width"]
+    function = FUNCTIONS.get(name.lower(), "wide_resnet")
     return f"{function}({', '.join(f'{key}={value!r}' for key, value in words.items())})"
 
 
@@ -79,11 +79,12 @@ def write(
         OSError: It cannot be written.
     """
     refuse(folder)
+    known = report.get("trained_on") == report["dataset"]  # a bare state dict does not say it
     accuracy = {row["attack"]: round(100 * row["accuracy"], 2) for row in report["attacks"]}
     claim = {
         "dataset": report["dataset"], "threat_model": "Linf",
         "eps": f"{255 * report['epsilon']:g}/255",
-        "architecture": name, "additional_data": False, "n": report["n"],
+        "architecture": name, "additional_data": False if known else None, "n": report["n"],
         "clean_acc": accuracy.get("clean"), "autoattack_acc": accuracy.get("autoattack"),
         "reported": accuracy, "checkpoint_sha256": report["sha256"],
     }  # fmt: skip

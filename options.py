@@ -261,7 +261,7 @@ def measuring_parser(doc: str) -> Parser:
     add("--weights", choices=("raw", "ema"), help="which of the file (default: its selection)")
     add("--model", help="network of a file that does not name it (a bare state dict)")
     add("--width", type=count(), metavar="C", help="its width, where it is a ResNet and not 64")
-    add("--normalize", choices=("dataset", "none"), default="dataset",
+    add("--normalize", choices=("dataset", "none"),
         help="what the images go through in such a network (default dataset: its statistics)")
     add("--batch-size", type=count(), default=256, help="images at a time (default %(default)s)")
     add_shared(parser)

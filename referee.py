@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -24,10 +25,13 @@ def refuse(args: argparse.Namespace) -> None:
     """Refuse what would otherwise be found out after hours of attacks.
 
     Raises:
-        ValueError: AutoAttack is not installed, there is no other network for ``transfer`` or no
-            use for it, or the claim of ``--export`` would not be of each attack by itself.
+        ValueError: A library is not installed, there is no other network for ``transfer`` or no use
+            for it, or the claim of ``--export`` would not be of each attack by itself, or of
+            another size.
         OSError: The folder of ``--export`` exists, or cannot be made.
     """
+    if (args.pictures or len(args.eps or ()) > 1) and not find_spec("matplotlib"):
+        raise ValueError("--eps, --pictures: need matplotlib; pip install -r requirements.txt")
     families = {evaluation.parse_attack(name).family for name in args.attacks}
     if families & auto_attack.VERSIONS.keys():
         auto_attack.library()
@@ -40,6 +44,8 @@ def refuse(args: argparse.Namespace) -> None:
         files.probe(args.export.parent, "--export")
         if args.cascade:
             raise ValueError("--export: claims the accuracy of each attack; leave --cascade out")
+        if args.eps and all(abs(size - args.epsilon) > 0.005 for size in args.eps):
+            raise ValueError("--export: claims the accuracy at --epsilon; add that size to --eps")
 
 
 def open_network(
@@ -66,6 +72,8 @@ def open_network(
         The network in eval mode, what it was built with, and what the report says of it.
     """
     saved = checkpoint.load(path)
+    if "model" in saved and args.normalize and not args.transfer_from:
+        raise ValueError(f"{path}: normalises by itself; leave --normalize {args.normalize} out")
     statistics = dict(mean=mean, std=std)
     name, network = checkpoint.architecture(saved, path, args, classes, statistics)
     model = checkpoint.build(build, name, network, saved, weights, path)
@@ -114,6 +122,8 @@ def measure(
             if not parallel.rank():
                 measured = report.build(facts | here, rows, verdicts, y)
                 measured["warnings"] = warnings(model, x, y, measured, args.cascade)
+                if reports:
+                    measured["warnings"] += rises(reports[-1][1], measured)
                 print(f"eps {255 * epsilon:g}/255\n{report.table(measured)}")
                 suffix = f"-eps{255 * epsilon:g}" if len(sizes) > 1 else ""
                 path = report.write(measured, verdicts, y, args.out_dir, f"{stem}{suffix}-report")
@@ -148,8 +158,17 @@ def warnings(
     return found if cascade else found + checks.of_the_rows(rows)
 
 
+def rises(before: dict[str, object], measured: dict[str, object]) -> list[str]:
+    """Return a warning for each attack whose accuracy is above that at the size before."""
+    found = []
+    for rows in zip(before["attacks"], measured["attacks"], strict=True):
+        shares = {row["epsilon"]: row["accuracy"] for row in rows}
+        found += [f"{rows[0]['attack']}: {text}" for text in checks.of_the_sweep(shares)]
+    return found
+
+
 def sweep(reports: list[dict[str, object]], path: Path) -> str:
-    """Draw accuracy over epsilon, and return the table with the warnings of the sweep."""
+    """Draw accuracy over epsilon, and return the table."""
     names = [row["attack"] for row in reports[0]["attacks"]]
     rows = {
         name: {found["epsilon"]: found["attacks"][i] for found in reports}
@@ -161,8 +180,6 @@ def sweep(reports: list[dict[str, object]], path: Path) -> str:
     for name, by_epsilon in rows.items():
         shares = "".join(f"{row['accuracy']:>10.2%}" for row in by_epsilon.values())
         lines.append(f"{name:<16}{shares}")
-        shares = {epsilon: row["accuracy"] for epsilon, row in by_epsilon.items()}
-        lines += [f"warning: {name}: {text}" for text in checks.of_the_sweep(shares)]
     return "\n".join([*lines, f"sweep: {path}"])
 
 
@@ -178,6 +195,8 @@ def extras(
     """Export the network and draw the pictures of a report, where the flags ask for it."""
     written, found = measured
     if args.export:
+        if "autoattack" not in {row["attack"] for row in found["attacks"]}:
+            print("note: --export: no autoattack_acc in the claim; add autoattack to --attacks")
         print(f"export: {export.write(args.export, model, found['model'], network, found)}")
     if args.pictures:
         epsilon = found["epsilon"]

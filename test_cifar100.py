@@ -17,6 +17,7 @@ import parallel
 import referee
 import report
 import utils
+import values
 from models import build_model, canonical_name
 
 DATASET = "cifar100"
@@ -61,7 +62,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
           f"{dataset.name} ({dataset.origin}), {parallel.size()} x {device.type}")  # fmt: skip
 
     # From here on sizes are pixel fractions: this is the only place that divides by 255.
-    sizes = [size / 255 for size in sorted(set(args.eps or [args.epsilon]))]
+    sizes = [size / 255 for size in values.distinct(args.eps or [args.epsilon])]
     x, y = images.as_float(), images.labels
     measured = referee.measure(model, facts, x, y, sizes, args, source)
     if measured:

@@ -21,6 +21,11 @@ def pixels(text: str) -> float:
     return value
 
 
+def distinct(sizes: list[float]) -> list[float]:
+    """Return sizes in 1/255 in their order, each once: 8, 8/255 and 0.03137 are one."""
+    return list({round(size, 2): size for size in sorted(sizes)}.values())
+
+
 def number(low: float, high: float = math.inf, kind: type = float) -> Callable[[str], float]:
     """Return a parser of finite numbers in [low, high]."""
 

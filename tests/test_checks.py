@@ -1,6 +1,7 @@
 """Planted mistakes: each gets the warning that is meant for it, an honest network gets none."""
 
 import copy
+import re
 from argparse import Namespace
 
 import pytest

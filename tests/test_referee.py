@@ -118,15 +118,6 @@ def test_pictures_have_the_number_of_their_report_and_none_is_overwritten(
     assert f"{case.name}-model-images-3.png: cannot be written" in err
 
 
-def test_a_sweep_warns_where_accuracy_rises(tmp_path):
-    def found(epsilon, share):
-        row = {"attack": "pgd-2", "accuracy": share, "epsilon": epsilon, "interval": [share, share]}
-        return {"epsilon": epsilon, "attacks": [row]}
-
-    shown = referee.sweep([found(0.0, 0.3), found(8 / 255, 0.4)], tmp_path / "sweep.png")
-    assert "warning: pgd-2: accuracy rises from 30.0% to 40.0%" in shown
-
-
 def test_the_picture_of_the_method_compares_with_the_start(case, tmp_path, monkeypatch):
     model, seen, real = random_network().eval(), [], utils.temperature_kl
     x, y = torch.rand(4, 3, 32, 32), torch.arange(4)
@@ -192,11 +183,15 @@ def test_the_flags_of_a_bare_file_are_for_the_one_of_two_that_names_no_network(c
     (["--export", "old"], "--export old: exists; name a new folder"),
     (["--export", "/proc/x/new"], "/proc/x: cannot be written"),
     (["--export", "new", "--cascade"], "leave --cascade out"),
+    (["--export", "new", "--eps", "4", "16"], "at --epsilon; add that size to --eps"),
+    (["--eps", "4", "8"], "need matplotlib; pip install -r requirements.txt"),
+    (["--pictures"], "need matplotlib; pip install -r requirements.txt"),
 ])  # fmt: skip
 def test_what_would_fail_after_hours_is_refused_before_anything_is_read(
     case, script, monkeypatch, words, message
 ):
     monkeypatch.setattr(auto_attack, "LIBRARIES", ("no_such_library",))
+    monkeypatch.setattr(referee, "find_spec", lambda name: None if "--export" not in words else 1)
     monkeypatch.chdir(case)
     (case / "old").mkdir()
     status, out, err = script("test_cifar10", "--model_path", "no-such-file.pth", *words)
@@ -246,6 +241,40 @@ def test_a_bare_state_dict_is_normalised_as_the_flag_says(case, script):
         assert torch.allclose(opened(x), network.eval()(images), atol=1e-4)
 
 
+def test_a_checkpoint_that_says_what_its_images_go_through_refuses_normalize(case, script):
+    words = ["--model_path", case / "model.pth", "--data-dir", case, "--normalize", "none"]
+    status, _, err = script("test_cifar10", *words, "--out_dir", case / "out")
+    assert (status, len(err.splitlines())) == (2, 1)
+    assert "model.pth: normalises by itself; leave --normalize none out" in err
+
+
+def test_a_bare_state_dict_is_exported_without_a_claim_of_its_training(case, script):
+    torch.save(random_network().state_dict(), case / "bare.pth")
+    flags = ["--attacks", "clean", "--eps", "0", "4", "--epsilon", "4"]
+    for file, words, known in (
+        ("bare.pth", ["--model", "PreActResNet18", "--width", "8"], None),
+        ("model.pth", [], False),
+    ):
+        out = measure(script, case, *words, *flags, "--export", case / file[:4], file=file)
+        assert "note: --export: no autoattack_acc in the claim; add autoattack" in out
+        claim = json.loads((case / file[:4] / "claim.json").read_text())
+        assert (claim["additional_data"], claim["autoattack_acc"]) == (known, None)
+        assert claim["eps"] == "4/255"
+        assert "MIX-KL" not in (case / file[:4] / "model.py").read_text()
+
+
+def test_an_accuracy_that_rises_with_eps_is_warned_of_in_the_report(case, script, monkeypatch):
+    monkeypatch.setattr(referee.checks, "NOISE", -1.0)  # every accuracy rises
+    out = measure(script, case, "--attacks", "clean", "--eps", "0", "4")
+    small, large = (
+        json.loads((case / "out" / f"{case.name}-model-eps{size}-report.json").read_text())
+        for size in (0, 4)
+    )
+    (text,) = (text for text in large["warnings"] if "as eps grows from 0 to 4" in text)
+    assert text.startswith("clean: accuracy rises") and out.count(f"warning: {text}") == 1
+    assert not any("as eps grows" in text for text in small["warnings"])
+
+
 def test_one_image_has_pictures_and_the_export_is_whole_or_not_there(case, script, monkeypatch):
     words = ["--attacks", "clean", "--n-examples", "1", "--pictures", "--export"]
     out = measure(script, case, *words, case / "new")
@@ -275,7 +304,8 @@ def test_the_claim_of_a_sweep_is_that_at_epsilon(case, script):
 
 
 def test_sizes_are_measured_once_each_and_in_their_order(case, script):
-    out = measure(script, case, "--attacks", "clean", "fgsm", "--eps", "8", "0", "4", "8/255")
+    out = measure(script, case, "--attacks", "clean", "fgsm", "--eps", "8", "0", "4", "8/255",
+                  "0.0313725", "0.03137")  # fmt: skip
     assert re.findall(r"^eps (\d+)/255$", out, re.M) == ["0", "4", "8"]
     assert re.search(r"^attack +eps 0 +eps 4 +eps 8$", out, re.M)
 
