@@ -38,11 +38,15 @@ def start_run(args: Namespace, default: str, state: Path | None) -> Path:
         OSError: Nothing can be written there.
     """
     files.probe(state.parent if state else args.out_dir)
-    folder = args.run_name and args.out_dir / args.run_name
-    unborn = args.resume and folder and not (folder / "final_model.pth").exists()
     if state:
         return state.parent
-    return run_folder(args.out_dir, args.run_name, default, args.overwrite or bool(unborn))
+    unborn = bool(args.resume and args.run_name)  # unless it wrote something
+    if unborn and any((args.out_dir / args.run_name / file).exists() for file in WRITTEN):
+        raise ValueError(
+            f"{args.out_dir / args.run_name}: exists, without a state that --resume could go on "
+            "from; choose another --run-name, or give --overwrite in its place"
+        )
+    return run_folder(args.out_dir, args.run_name, default, args.overwrite or unborn)
 
 
 def run_folder(out_dir: Path, name: str | None, default: str, overwrite: bool) -> Path:
@@ -57,7 +61,7 @@ def run_folder(out_dir: Path, name: str | None, default: str, overwrite: bool) -
     Raises:
         ValueError: The name that the user gave is taken, or a path.
     """
-    if name and Path(name).name != name:
+    if name and (Path(name).name != name or name == ".."):
         raise ValueError(f"--run-name {name}: a name, not a path; --out-dir says where it goes")
     out_dir.mkdir(parents=True, exist_ok=True)
     for number in range(1, 1_000_000):

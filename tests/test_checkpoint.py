@@ -332,8 +332,9 @@ def test_runs_never_share_a_folder(tmp_path):
     assert len(list(mine.iterdir())) == len(record.WRITTEN)  # it could still be refused
     record.begun(mine, Namespace(epochs=3), "abc", None)
     assert [path.name for path in mine.iterdir()] == ["args.json"]  # no model of the old run
-    with pytest.raises(ValueError, match="--run-name a/b: a name, not a path"):
-        record.run_folder(tmp_path / "out", "a/b", "run", False)
+    for name in ("a/b", ".."):
+        with pytest.raises(ValueError, match=f"--run-name {name}: a name, not a path"):
+            record.run_folder(tmp_path / "out", name, "run", False)
 
 
 def test_a_run_that_was_killed_before_its_first_state_is_begun_anew(tmp_path):

@@ -24,6 +24,7 @@ import files
 import keeper
 import options
 import parallel
+import record
 import resume
 from models import build_model
 
@@ -229,6 +230,17 @@ def test_a_missing_path_is_an_error_and_a_missing_state_a_fresh_start(tmp_path, 
     assert (status, len(err.splitlines())) == (2, 1) and "no such state" in err
     assert not (tmp_path / "new").exists()
     assert script("MIX_KL_CIFAR10", *words, "--resume")[0] == 0
+
+
+@pytest.mark.parametrize("left", record.WRITTEN[:4])
+def test_a_folder_with_files_of_a_run_and_no_state_is_not_begun_anew(tmp_path, left):
+    args = Namespace(resume="auto", run_name="run", out_dir=tmp_path, overwrite=False)
+    assert record.start_run(args, "default", None) == tmp_path / "run"  # there is none yet
+    (tmp_path / "run" / "args.json").touch()  # and now it was killed in its first epoch
+    assert record.start_run(args, "default", None) == tmp_path / "run"
+    (tmp_path / "run" / left).touch()
+    with pytest.raises(ValueError, match=r"exists, without a state .*give --overwrite"):
+        record.start_run(args, "default", None)
 
 
 def test_without_a_name_the_newest_run_is_meant_and_no_older_one(tmp_path):
