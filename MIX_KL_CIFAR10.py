@@ -82,8 +82,10 @@ def run(args: argparse.Namespace, name: str, device: torch.device) -> None:
     folder = None if parallel.rank() else record.start_run(args, default, state)
     facts = checkpoint.facts(args, dataset.name, name, network)
     machine = f"{args.processes} x {device.type}, {args.dtype}"
-    print(f"{args.method} on {len(batches.labels):,} images of {dataset.name} ({dataset.origin}), "
-          f"{name}, {machine}; results in {folder}")  # fmt: skip
+    parallel.say(
+        f"{args.method} on {len(batches.labels):,} images of {dataset.name} ({dataset.origin}), "
+        f"{name}, {machine}; results in {folder}"
+    )
     with record.removed_if_refused(folder):
         engine.train(
             model, batches, attack_of=attack_of, measure=measure, args=args, facts=facts,

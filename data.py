@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import cifar
+import parallel
 import synthetic
 
 SIZE = 32  # image side [pixels]
@@ -126,7 +127,7 @@ def read_cifar(name: str, folder: Path) -> Dataset:
         pixels = torch.from_numpy(np.ascontiguousarray(pixels))
         splits.append(Images(pixels, torch.from_numpy(labels)))
     if changed:
-        print(
+        parallel.say(
             f"warning: {folder} is not the official archive "
             f"(MD5 of {', '.join(changed)} differs): using its "
             f"{len(splits[0]):,} training and {len(splits[1]):,} test images"
@@ -156,7 +157,7 @@ def download(archive: Archive, folder: Path) -> None:
         with cifar.locked(folder.parent / f".{archive.folder}.lock"):
             if not missing(archive, folder):  # another process has been here
                 return
-            print(f"{first} not found: downloading {archive.title} to {folder.parent}")
+            parallel.say(f"{first} not found: downloading {archive.title} to {folder.parent}")
             datasets = importlib.import_module("torchvision.datasets")
             getattr(datasets, archive.title)(str(folder.parent), download=True)
     except Exception as error:  # no network, no space, no torchvision: the way out is the same

@@ -291,10 +291,10 @@ def train(
                 is_best=record.score(row) > progress.best, keep=keep,
             )):  # fmt: skip
                 progress.best = max(progress.best, record.score(row))
-            print(record.line(row, args.epochs), flush=True)
+            parallel.say(record.line(row, args.epochs))
             rollback.follow(progress, parts, args)
             progress.next_epoch()
             watch.after_epoch(keep)
     watch.close()
     if reason := rollback.stopped(progress, args):
-        print(f"stopped after epoch {progress.rows[-1]['epoch']}: {reason}", flush=True)
+        parallel.say(f"stopped after epoch {progress.rows[-1]['epoch']}: {reason}")

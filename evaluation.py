@@ -114,7 +114,7 @@ def within_memory(
             if settings.batch_size == 1:
                 raise
         settings.batch_size //= 2
-        print(f"note: out of GPU memory; going on with --batch-size {settings.batch_size}")
+        parallel.say(f"note: out of GPU memory; going on with --batch-size {settings.batch_size}")
         again()
 
 

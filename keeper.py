@@ -127,10 +127,10 @@ class Keeper:
         if heard:
             self.close()
             p = self.progress
-            print(
+            parallel.say(
                 f"{signal.Signals(heard).name}: stopped in epoch {p.epoch} after {p.step} of "
-                f"{self.steps} steps; the same command with --resume goes on", flush=True,
-            )  # fmt: skip
+                f"{self.steps} steps; the same command with --resume goes on"
+            )
             raise SystemExit(128 + heard)
 
     def check(self) -> None:
@@ -168,7 +168,7 @@ class Keeper:
             self.failure = None
         except OSError as error:
             self.failure = error
-            print(f"warning: {error}; the run goes on", flush=True)
+            parallel.say(f"warning: {error}; the run goes on")
         return self.failure is None
 
     def close(self) -> None:

@@ -189,7 +189,7 @@ def parse_training(argv: list[str], doc: str, defaults: dict[str, object]) -> ar
         args = parser.parse_args(argv)
     for flag, replacement in REPLACED.items():
         if vars(args).pop(flag[2:].replace("-", "_")) is not None:
-            print(f"note: {flag} has no effect; {replacement} replaces it", file=sys.stderr)
+            parallel.say(f"note: {flag} has no effect; {replacement} replaces it", sys.stderr)
     ratio = vars(args).pop("alpha_ratio")
     args.alpha = args.epsilon * ratio if args.alpha is None else args.alpha
     args.attack_temperature = args.attack_temperature or args.temperature
@@ -280,19 +280,17 @@ def parse_measuring(argv: list[str], doc: str) -> argparse.Namespace:
 
 def run(main: Callable[[list[str]], None]) -> None:
     """Call ``main``; what the user can mend is one line and exit status 2, or the error's own."""
-    argv = sys.argv[1:]
+    argv, status = sys.argv[1:], 0
     try:
         main(argv)
     except (ValueError, OSError) as error:
         if "--debug" in argv:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        parallel.say(f"error: {error}", sys.stderr)
         status = getattr(error, "exit_code", 2)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        parallel.say("interrupted", sys.stderr)
         status = 130
     except SystemExit as stop:
         status = stop.code
-    else:
-        return
     parallel.leave(status)

@@ -10,9 +10,9 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 import torch
 import torch.distributed as dist
@@ -125,14 +125,23 @@ def together() -> Iterator[None]:
         dist.destroy_process_group()
 
 
+def say(text: str, file: TextIO | None = None) -> None:
+    """Print a line; where it cannot be written (a full disk, a closed pipe) the run goes on."""
+    with suppress(OSError):
+        print(text, file=file, flush=True)
+
+
 def leave(status: int) -> NoReturn:
     """Exit with a status, everything said and saved; among other processes, without ado.
 
     The threads of their connections may not outlive the interpreter: it would abort now and then.
     """
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError:  # the interpreter tries again, and would change the status
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     if dist.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
 

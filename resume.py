@@ -168,7 +168,7 @@ def load(path: Path) -> dict[str, object]:
             faults.append(str(error))
             continue
         if faults:
-            print(f"warning: {faults[0]}: going on from {file.name}, which is older")
+            parallel.say(f"warning: {faults[0]}: going on from {file.name}, which is older")
         return state
     raise ValueError(f"--resume: no whole state ({'; '.join(faults)})")
 
@@ -238,7 +238,7 @@ def check_flags(state: dict[str, object], args: Namespace) -> None:
             f"--resume: flags that change the run: {text}; give them as before, or --allow-changed"
         )
     if changed:
-        print(f"note: changed since the state was saved: {text}")
+        parallel.say(f"note: changed since the state was saved: {text}")
 
 
 def begun(path: Path | None, parts: Parts, args: Namespace) -> Progress:
@@ -279,10 +279,10 @@ def restored(path: Path, parts: Parts, args: Namespace) -> Progress:
         )
     now, last = checkpoint.commit(), progress.commit.split(", ")[-1]
     if progress.epoch <= args.epochs and now != last:
-        print(f"note: the code is another than the one that saved the state: {last} -> {now}")
+        parallel.say(f"note: the code is not the one that saved the state: {last} -> {now}")
         progress.commit += f", {now}"
     where = f"epoch {progress.epoch}, after {progress.step} steps of it"
     if progress.epoch > args.epochs:
         where = f"the end: all {args.epochs} epochs are done"
-    print(f"resumed from {path} at {where}", flush=True)
+    parallel.say(f"resumed from {path} at {where}")
     return progress

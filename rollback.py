@@ -8,6 +8,7 @@ from argparse import Namespace
 
 import torch
 
+import parallel
 import resume
 
 LIMIT = 5  # rollbacks of a run
@@ -70,11 +71,11 @@ def follow(progress: resume.Progress, parts: resume.Parts, args: Namespace) -> b
     progress.healthy = [kept for kept in progress.healthy if kept["epoch"] <= state["epoch"]]
     progress.epoch, progress.rollbacks = state["epoch"], progress.rollbacks + 1
     alpha, start = remedy(args, progress.rollbacks)
-    print(
+    parallel.say(
         f"rollback {progress.rollbacks} of at most {LIMIT}: epoch {row['epoch']} has collapsed; "
         f"back to the end of epoch {state['epoch']}, and on with --delta-init {start} --alpha "
-        f"{alpha:g}/255 (were {row['delta_init']}, {row['alpha']:g}/255)", flush=True,
-    )  # fmt: skip
+        f"{alpha:g}/255 (were {row['delta_init']}, {row['alpha']:g}/255)"
+    )
     return True
 
 

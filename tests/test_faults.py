@@ -49,13 +49,13 @@ class Place:
         self.folder, self.run = folder, folder / "output" / "run"
         self.bad = folder / "bad.pth"  # where faults of a checkpoint go
 
-    def start(self, script, *words, env=(), cwd=None):
+    def start(self, script, *words, env=(), cwd=None, stdout=subprocess.PIPE):
         environ = os.environ | {"OMP_NUM_THREADS": "1"} | dict(env)
         return subprocess.Popen(
             [sys.executable, ROOT / script if isinstance(script, str) else script,
              *map(str, words)],
             cwd=cwd or self.folder, env=environ, text=True, start_new_session=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            stdout=stdout, stderr=subprocess.PIPE,
         )  # fmt: skip
 
     def train(self, *words, **more):
@@ -89,8 +89,8 @@ def ended(process, status, seconds=120):
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == status, out + err
-    assert "Traceback" not in out + err
+    assert process.returncode == status, (out, err)
+    assert "Traceback" not in (out or "") + err
     return out, err
 
 
@@ -388,6 +388,21 @@ def disk_of_a_run(place):
         words = ["--out_dir", "disk", "--resume", "--allow-changed", "--epochs", 3]
         ended(place.train(*words), 0)
         loads(folder / "run")
+
+
+@row("F13 disk full behind standard output, or its reader gone")
+def silenced(place):
+    for number, path in enumerate(("/dev/full", "pipe")):
+        if path == "pipe":
+            reader, writer = os.pipe()
+            os.close(reader)
+        else:
+            writer = os.open(path, os.O_WRONLY)
+        words = ["--epochs", 1, "--run-name", f"new{number}"]
+        process = place.train(*words, stdout=writer)
+        os.close(writer)
+        assert ended(process, 0) == (None, "")
+        loads(place.folder / "output" / f"new{number}")
 
 
 @row("F14 read-only folder")

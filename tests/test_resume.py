@@ -160,7 +160,7 @@ def test_a_run_that_other_code_goes_on_with_names_both(stopped, script, monkeypa
     for epochs in ("2", "3", "3"):  # the last has nothing to train
         status, out, err = script("MIX_KL_CIFAR10", *words, "--epochs", epochs)
         assert status == 0, err
-        assert (f"note: the code is another than the one that saved the state: {first} -> abc"
+        assert (f"note: the code is not the one that saved the state: {first} -> abc"
                 in out) is (epochs == "2")  # fmt: skip
         assert json.loads((folder / "args.json").read_text())["commit"] == f"{first}, abc"
     assert checkpoint.load(folder / "final_model.pth")["commit"] == f"{first}, abc"
