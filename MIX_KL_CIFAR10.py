@@ -86,7 +86,7 @@ def run(args: argparse.Namespace, name: str, device: torch.device) -> None:
         f"{args.method} on {len(batches.labels):,} images of {dataset.name} ({dataset.origin}), "
         f"{name}, {machine}; results in {folder}"
     )
-    with record.removed_if_refused(folder):
+    with record.alone_in(folder):
         engine.train(
             model, batches, attack_of=attack_of, measure=measure, args=args, facts=facts,
             folder=folder, state=state,

@@ -1,9 +1,9 @@
-"""Files that are written whole or not at all, whatever happens meanwhile."""
+"""Files that are written whole or not at all, whatever happens meanwhile; a lock on one."""
 
 import os
 import tempfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -24,7 +24,7 @@ def write(path: Path, fill: Callable[[BinaryIO], None], *, keep_previous: bool =
         keep_previous: Whether what ``path`` held stays, as ``previous(path)``.
 
     Raises:
-        OSError: It could not be written; ``path`` holds what it held.
+        OSError: It could not be written; what ``path`` held is there, or in ``previous(path)``.
     """
     partial = path.with_name(path.name + ".partial")
     try:
@@ -39,15 +39,47 @@ def write(path: Path, fill: Callable[[BinaryIO], None], *, keep_previous: bool =
         with suppress(OSError):
             partial.unlink(missing_ok=True)
         reason = (str(error) or type(error).__name__).splitlines()[0][:120]
-        raise OSError(
-            f"{path}: cannot be written ({reason}); what it held is still there"
-        ) from error
+        where = "still there" if path.exists() else f"in {previous(path).name}"
+        held = f"; what it held is {where}" if path.exists() or previous(path).exists() else ""
+        raise OSError(f"{path}: cannot be written ({reason}){held}") from error
     _flush_folder(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
     write(path, lambda file: file.write(text.encode()))
+
+
+@contextmanager
+def held(path: Path, busy: str) -> Iterator[None]:
+    """Let one process at a time into the block, and remove the file with its lock behind it.
+
+    The lock ends with the process, however that ends. Windows and some file systems have none: the
+    block is entered all the same.
+
+    Raises:
+        ValueError: Another process is in there; ``busy`` is the message.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with path.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free = os.path.samestat(os.fstat(file.fileno()), path.stat())
+        except (BlockingIOError, FileNotFoundError):  # the other one has just removed its file
+            free = False
+        except OSError:
+            free = True
+        if not free:
+            raise ValueError(busy)
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                path.unlink()
 
 
 def probe(folder: Path, flag: str = "--out-dir") -> None:

@@ -6,7 +6,7 @@ import json
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from torch import nn
@@ -79,10 +79,18 @@ def run_folder(out_dir: Path, name: str | None, default: str, overwrite: bool) -
 
 
 @contextmanager
-def removed_if_refused(folder: Path | None) -> Iterator[None]:
-    """Remove the folder of a run that ends within before it wrote: its name is free again."""
+def alone_in(folder: Path | None) -> Iterator[None]:
+    """Keep other processes out of the folder of a run.
+
+    A run that ends within before it wrote leaves no folder: its name is free again.
+
+    Raises:
+        ValueError: Another process trains there.
+    """
+    busy = f"{folder}: another process trains here; let it end, or choose another --run-name"
     try:
-        yield
+        with files.held(folder / ".lock", busy) if folder else nullcontext():
+            yield
     except BaseException:
         if folder:
             with suppress(OSError):  # it is not empty

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import errno
 import json
 import os
 import random
@@ -491,6 +492,47 @@ def test_a_full_disk_leaves_the_old_file_and_one_line(tmp_path):
     with pytest.raises(OSError, match=r"cannot be written .*No space left.*what it held is still"):
         files.write(path, fill)
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_state_that_could_not_get_its_name_is_said_to_be_in_the_one_before(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    with pytest.raises(OSError, match=r"file: cannot be written \(no\)$"):  # it held nothing
+        files.write(path, lambda file: (_ for _ in ()).throw(OSError("no")))
+    files.write_text(path, "old")
+    with pytest.raises(OSError, match=r"what it held is in file\.prev$"):
+        files.write(path, lambda file: os.unlink(file.name), keep_previous=True)
+    assert files.previous(path).read_text() == "old"
+
+
+def test_a_second_process_is_kept_out_of_a_run_that_trains(stopped, script):
+    folder, words = stopped
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    for more in (words, [*words[:-1], "--overwrite"]):
+        with record.alone_in(folder):
+            status, _, err = script("MIX_KL_CIFAR10", *more, "--epochs", "1")
+        assert (status, len(err.splitlines())) == (2, 1)
+        assert f"{folder}: another process trains here" in err
+        assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    assert script("MIX_KL_CIFAR10", *words, "--epochs", "1")[0] == 0
+
+
+def test_a_lock_is_none_where_the_file_system_has_none_or_its_file_is_gone(tmp_path, monkeypatch):
+    path = tmp_path / "lock"
+    fcntl = pytest.importorskip("fcntl")
+    with files.held(path, "busy"):
+        path.unlink()  # as the process that just ended does
+        with files.held(path, "busy"):
+            pass
+    lock = fcntl.flock
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="busy"):
+        patch.setattr(fcntl, "flock", lambda *a: lock(*a) or path.unlink())
+        with files.held(path, "busy"):
+            pass
+    none = OSError(errno.ENOLCK, "No locks available")
+    monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(none))
+    with files.held(path, "busy"), files.held(path, "busy"):
+        pass
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_disk_too_small_is_seen_before_the_first_epoch(tmp_path, script, monkeypatch):
