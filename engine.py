@@ -286,11 +286,11 @@ def train(
             row |= rollback.columns(progress, args)
             watch.check()
             keep = watch.keeps(measured)
-            if folder is None or watch.attempt(partial(
-                record.epoch, folder, progress.rows, model, average and average.model, facts,
-                is_best=record.score(row) > progress.best, keep=keep,
-            )):  # fmt: skip
-                progress.best = max(progress.best, record.score(row))
+            if folder:
+                watch.write(partial(
+                    record.epoch, folder, progress, model, average and average.model, facts,
+                    keep=keep,
+                ))  # fmt: skip
             parallel.say(record.line(row, args.epochs))
             rollback.follow(progress, parts, args)
             progress.next_epoch()

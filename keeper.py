@@ -36,12 +36,13 @@ class Keeper:
         args: Namespace,
         steps: int,
     ) -> None:
-        """Refuse a run that its disk cannot hold; ``steps`` is the number of them in an epoch."""
+        """Refuse a run whose rest its disk cannot hold; ``steps`` are those of an epoch."""
         self.folder, self.parts, self.progress, self.args = folder, parts, progress, args
         self.steps, self.heard, self.every = steps, 0, 1
-        self.failure: OSError | None = None  # of the last write
+        self.failure: OSError | None = None  # of the last state
+        self.unwritten: OSError | None = None  # why the files of the last epoch are not there
         self.saved = self.written = time.monotonic()  # the state; the files of an epoch
-        if folder:
+        if folder and progress.epoch <= args.epochs:
             size = sum(t.numel() * t.element_size() for t in parts.tensors())
             held = sum(path.stat().st_size for path in folder.glob("*.pth*"))  # and is replaced
             # Three files, each twice; a state that holds two healthy ones is as large as three.
@@ -105,22 +106,19 @@ class Keeper:
         writes where the last one that did is a minute old, where a write has failed, or before a
         stop.
         """
-        pressing = measured or self.progress.epoch == 1 or self.failure or self.heard
+        failed = self.failure or self.unwritten
+        pressing = measured or self.progress.epoch == 1 or failed or self.heard
         old = time.monotonic() - self.written > 60 * min(1, self.args.save_every)
         return parallel.anywhere(pressing or old)
 
     def after_epoch(self, keep: bool) -> None:
-        """Save where its files were written, and stop where a signal was heard meanwhile.
-
-        Where the epoch's own files could not be written, the state stays the one before them: a run
-        that goes on from it writes them again.
-        """
+        """Save where its files were written; stop where a signal was heard and epochs are left."""
         if not keep:  # a signal since then is seen after the next step
             return
         self.written = time.monotonic()
-        if not parallel.anywhere(self.failure):
-            self.save()
-        self.stop_if(*parallel.maxima(self.heard))
+        self.save()
+        if self.progress.epoch <= self.args.epochs:
+            self.stop_if(*parallel.maxima(self.heard))
 
     def stop_if(self, heard: int) -> None:
         """End the process with the status of a signal where there was one."""
@@ -149,29 +147,37 @@ class Keeper:
         )
 
     def save(self) -> None:
-        """Save the state of the run; what was saved before stays beside it."""
+        """Save the state of the run; what was saved before stays beside it.
+
+        After an epoch whose files could not be written, the state stays the one before it until
+        those of another are: a run that goes on from it writes them again.
+        """
         self.check()
         state = resume.taken(self.parts, self.progress, self.args)
-        if self.folder:
+        if self.folder and not self.unwritten:
             path = self.folder / resume.NAME
-            self.attempt(
+            self.failure = failure_of(
                 lambda: files.write(path, lambda f: torch.save(state, f), keep_previous=True)
             )
         # Where one process ends, its launcher may end the others: none does while rank 0 writes.
         parallel.anywhere(self.failure)
         self.saved = time.monotonic()
 
-    def attempt(self, write: Callable[[], None]) -> bool:
-        """Call ``write`` and return whether it could; if not, warn, as the run goes on."""
-        try:
-            write()
-            self.failure = None
-        except OSError as error:
-            self.failure = error
-            parallel.say(f"warning: {error}; the run goes on")
-        return self.failure is None
+    def write(self, files_of_epoch: Callable[[], None]) -> None:
+        """Write the files of an epoch, or warn, as the run goes on."""
+        self.unwritten = failure_of(files_of_epoch)
 
     def close(self) -> None:
-        """Raise what went wrong with the last write, now that nothing comes after it."""
-        if self.failure:
-            raise OSError(f"{self.failure}; make room, and add --resume to the same command")
+        """Raise what went wrong with the last writes, now that nothing comes after them."""
+        if failure := self.unwritten or self.failure:
+            raise OSError(f"{failure}; make room, and add --resume to the same command")
+
+
+def failure_of(write: Callable[[], None]) -> OSError | None:
+    """Call ``write``; where it could not, warn, and return why."""
+    try:
+        write()
+    except OSError as error:
+        parallel.say(f"warning: {error}; the run goes on")
+        return error
+    return None

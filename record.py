@@ -200,16 +200,18 @@ def begun(folder: Path, args: Namespace, commit: str, rows: list[dict[str, float
 
 def epoch(
     folder: Path,
-    rows: list[dict[str, float]],
+    progress,
     model: nn.Module,
     average: nn.Module | None,
     facts: dict[str, object],
     *,
-    is_best: bool,
     keep: bool = True,
 ) -> None:
-    """Write the log; if asked to, curves, and the epoch as the final and perhaps as the best."""
-    row = rows[-1]
+    """Write the log; if asked to, curves, and the epoch as the final and perhaps as the best.
+
+    ``progress`` has the ``rows`` of the log, and ``best``, the score of the best epoch written.
+    """
+    rows, row = progress.rows, progress.rows[-1]
     write_log(folder / "log.csv", rows)
     if not keep:
         return
@@ -218,8 +220,9 @@ def epoch(
     metrics = {key: value for key, value in row.items() if value is not None}
     saved = facts | {"epoch": row["epoch"], "metrics": metrics, "raw": model.state_dict()}
     saved |= {"ema": average.state_dict()} if average else {}
-    if is_best:
+    if score(row) > progress.best and not row["collapse"]:
         selected = "ema" if row.get("ema_pgd10_acc", -1) >= row["pgd10_acc"] else "raw"
         checkpoint.save(folder / "best_model.pth", saved | {"selected": selected})
+        progress.best = score(row)
     final = "ema" if average else "raw"
     checkpoint.save(folder / "final_model.pth", saved | {"selected": final})

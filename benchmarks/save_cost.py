@@ -59,7 +59,7 @@ def main():
             "one training step": step,
             "the whole state": watch.save,
             "log, curves, both checkpoints":
-                lambda: record.epoch(folder, rows, model, average, facts, is_best=True),
+                lambda: record.epoch(folder, resume.Progress(rows=rows), model, average, facts),
         }, given.rounds, given.device)  # fmt: skip
         size = {path.name: path.stat().st_size / 1e6 for path in folder.iterdir()}
     took, *saving = seconds.values()

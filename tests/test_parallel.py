@@ -212,7 +212,8 @@ def main(argv):
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     parts = resume.Parts(model, None, optimizer, scaler)
-    progress, args = resume.Progress(sums=torch.zeros(3)), Namespace(save_every=15, on_collapse="")
+    progress = resume.Progress(sums=torch.zeros(3))
+    args = Namespace(save_every=15, on_collapse="", epochs=1)
     folder = None if parallel.rank() else Path(argv[0])
     watch = keeper.Keeper(folder, parts, progress, args, 10_000)
     with parallel.together(), watch.listening():

@@ -328,7 +328,7 @@ def watched(tmp_path):
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     parts = resume.Parts(model, None, optimizer, torch.amp.GradScaler("cpu", enabled=False))
     progress = resume.Progress(sums=torch.zeros(3))
-    args = Namespace(save_every=15, on_collapse="warn")
+    args = Namespace(save_every=15, on_collapse="warn", epochs=20)
     return keeper.Keeper(tmp_path, parts, progress, args, 25), progress
 
 

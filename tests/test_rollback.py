@@ -245,6 +245,49 @@ def test_a_run_that_turns_to_rollback_after_its_last_healthy_epoch_stops(run, ca
     assert "has collapsed and no state is healthy" in capsys.readouterr().out
 
 
+def test_a_collapsed_epoch_is_not_the_best(run):
+    """The raw weights are dead, the average still has the highest accuracy so far."""
+    done = run("dead", [])
+    done.measured = iter([0.3, 0.3, 0.01, 0.4, 0.31, 0.31, 0.01, 0.5, 0.3, 0.3])
+    best = checkpoint.load(done.go().folder / "best_model.pth")
+    assert done.column("collapse") == list("01010") and best["epoch"] == 3
+
+
+def fail_at(monkeypatch, name, times):
+    """Let the files of a name be written but for those of the given times, from 1; return when."""
+    write, calls = keeper.files.write, []
+
+    def failing(path, *args, **kwargs):
+        calls.append(path.name)
+        if path.name == name and calls.count(name) in times:
+            raise OSError(f"{path}: cannot be written (planted)")
+        write(path, *args, **kwargs)
+
+    monkeypatch.setattr(keeper.files, "write", failing)
+
+
+def test_the_best_epoch_stays_the_best_where_the_final_one_could_not_be_written(run, monkeypatch):
+    fail_at(monkeypatch, "final_model.pth", [2])
+    done = run("best", [0.2, 0.4, 0.3, 0.3, 0.3]).go()
+    assert checkpoint.load(done.folder / "best_model.pth")["epoch"] == 2
+    assert checkpoint.load(done.folder / "final_model.pth")["epoch"] == 5
+
+
+def test_the_state_stays_before_an_epoch_whose_files_could_not_be_written(run, monkeypatch):
+    """Also where others are due within the epoch after it."""
+    fail_at(monkeypatch, "final_model.pth", [2])
+    done, saved, save = run("before", [0.3] * 5, "--save-every", "0"), [], keeper.Keeper.save
+
+    def noting(watch):
+        save(watch)
+        saved.append(resume.load(done.folder / resume.NAME)["progress"]["epoch"])
+
+    monkeypatch.setattr(keeper.Keeper, "save", noting)
+    done.go()
+    # After each of two steps, and at the end of the epoch; the files of epoch 2 are not there.
+    assert saved == [1, 1, 2, 2, 2, 2, 2, 2, 4, 4, 4, 5, 5, 5, 6]
+
+
 def test_other_flags_of_a_collapse_are_refused_when_resumed(run):
     done = run("flags", RESCUED).go()
     for words, text in (
@@ -287,6 +330,14 @@ def assert_same_state(one, other):
         assert all(torch.equal(value, theirs["raw"][key]) for key, value in mine["raw"].items())
 
 
+def test_a_signal_while_the_last_epoch_is_measured_finds_a_run_that_is_done(run, capsys):
+    done = run("done", RESCUED)
+    done.kill_at = ("measure", 10)
+    done.go()
+    assert done.kill_at is None and len(done.rows()) == 5
+    assert "SIGTERM" not in capsys.readouterr().out
+
+
 def test_live_rows_are_those_that_no_rollback_undid():
     def row(epoch, to=None):
         return {"epoch": epoch, "rollback_to": to, "pgd10_acc": 0.1 if to else 0.4, "fgsm_acc": 0.5}
@@ -320,6 +371,7 @@ def test_the_disk_must_hold_the_healthy_states_as_well(tmp_path, monkeypatch, ba
         free["free"] -= 1
         with pytest.raises(ValueError, match="the run needs"):
             keeper.Keeper(tmp_path, parts, resume.Progress(), args, 2)
+        keeper.Keeper(tmp_path, parts, resume.Progress(epoch=args.epochs + 1), args, 2)  # done
 
 
 PLANTED = """import sys
