@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
     args.num_classes = NUM_CLASSES
     if args.factor is not None:
         args.label_smoothing = utils.smoothing_of_factor(args.factor, NUM_CLASSES)
-    name = canonical_name(args.model)
+    args.model = canonical_name(args.model)
     device = parallel.start(args.device)
     args.dtype = utils.pick_precision(args.precision, device)
     args.processes = parallel.size()
@@ -51,10 +51,10 @@ def main(argv: list[str]) -> None:
     utils.seed_everything(args.seed, parallel.rank())
     remedy = "try a smaller --batch-size, --precision bf16, or a smaller network"
     with utils.memory_named(remedy), parallel.together():
-        run(args, name, device)
+        run(args, device)
 
 
-def run(args: argparse.Namespace, name: str, device: torch.device) -> None:
+def run(args: argparse.Namespace, device: torch.device) -> None:
     """Train one network on one device, alone or with other processes."""
     with parallel.rank_0_first():
         dataset = data.load(DATASET, NUM_CLASSES, args.data_dir, args.synthetic)
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace, name: str, device: torch.device) -> None:
         train.first(args.train_images, "--train-images"), args.batch_size, args.crop_padding
     )
     network = dict(num_classes=NUM_CLASSES, mean=dataset.mean, std=dataset.std)
-    model = build_model(name, width=args.width, **network)
+    model = build_model(args.model, width=args.width, **network)
     model = model.to(device, memory_format=torch.channels_last)
 
     # From here on sizes are pixel fractions: this is the only place that divides by 255.
@@ -80,11 +80,11 @@ def run(args: argparse.Namespace, name: str, device: torch.device) -> None:
     default = f"{dataset.name}-{args.method}-seed{args.seed}"
     state = resume.find(args, default)
     folder = None if parallel.rank() else record.start_run(args, default, state)
-    facts = checkpoint.facts(args, dataset.name, name, network)
+    facts = checkpoint.facts(args, dataset.name, args.model, network)
     machine = f"{args.processes} x {device.type}, {args.dtype}"
     parallel.say(
         f"{args.method} on {len(batches.labels):,} images of {dataset.name} ({dataset.origin}), "
-        f"{name}, {machine}; results in {folder}"
+        f"{args.model}, {machine}; results in {folder}"
     )
     with record.alone_in(folder):
         engine.train(

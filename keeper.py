@@ -127,7 +127,7 @@ class Keeper:
             p = self.progress
             parallel.say(
                 f"{signal.Signals(heard).name}: stopped in epoch {p.epoch} after {p.step} of "
-                f"{self.steps} steps; the same command with --resume goes on"
+                f"{self.steps} steps; the same command with --resume {self.folder} goes on"
             )
             raise SystemExit(128 + heard)
 

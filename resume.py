@@ -24,10 +24,11 @@ import utils
 SCHEMA = "mix-kl-state/1"
 NAME = "state.pth"
 # Flags that leave the mathematics and the log alone; all others must be as they were. What counts
-# of the precision is what it came to, dtype.
+# of precision and factor is what they came to, dtype and label_smoothing; method and num_classes
+# are no flags.
 FREE = {
-    "allow_changed", "compile", "data_dir", "debug", "device", "out_dir", "overwrite", "precision",
-    "resume", "run_name", "save_every",
+    "allow_changed", "compile", "data_dir", "debug", "device", "factor", "method", "num_classes",
+    "out_dir", "overwrite", "precision", "resume", "run_name", "save_every",
 }  # fmt: skip
 # Columns of every row of the log; flags and the kind of training add others.
 COLUMNS = {
@@ -213,13 +214,11 @@ def typed(value: object) -> str:
     """Return the value of a flag as a command line gives it."""
     if isinstance(value, tuple):
         return ":".join(f"{end:g}" for end in dict.fromkeys(value))
-    formats = {str(dtype): name for name, dtype in utils.PRECISIONS.items()}
-    text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
-    return formats.get(text, text)
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def check_flags(state: dict[str, object], args: Namespace) -> None:
-    """Print which flags changed since a state was saved.
+def check_flags(state: dict[str, object], args: Namespace, path: Path = Path(NAME)) -> None:
+    """Print which flags changed since the state in a file was saved.
 
     Raises:
         ValueError: One of them changes the mathematics, and ``--allow-changed`` is not given.
@@ -227,15 +226,18 @@ def check_flags(state: dict[str, object], args: Namespace) -> None:
     before = {"kl_warmup": 0.0} | state["args"]  # older states had none,
     if isinstance(before.get("kl_weight"), float):  # and one weight for the whole run
         before["kl_weight"] = (before["kl_weight"],) * 2
-    now = checkpoint.plain(args)
-    changed = {key: (before.get(key), value) for key, value in now.items() if key not in FREE}
-    changed = {key: pair for key, pair in changed.items() if pair[0] != pair[1]}
     names = {"dtype": "precision", "processes": "nproc-per-node of torchrun"}
-    flags = {key: names.get(key, key.replace("_", "-")) for key in changed}
-    text = ", ".join(f"--{flags[key]} {typed(a)} -> {typed(b)}" for key, (a, b) in changed.items())
+    precisions = {str(dtype): name for name, dtype in utils.PRECISIONS.items()}
+    changed = []
+    for key, value in checkpoint.plain(args).items():
+        if key not in FREE and value != before.get(key):
+            old, new = (precisions.get(text, text) for text in map(typed, (before.get(key), value)))
+            changed.append(f"--{names.get(key, key.replace('_', '-'))} {old} -> {new}")
+    text = ", ".join(changed)
     if changed and not args.allow_changed:
         raise ValueError(
-            f"--resume: flags that change the run: {text}; give them as before, or --allow-changed"
+            f"--resume: flags that change the run: {text}; give them as before to go on in "
+            f"{path.parent}, or --allow-changed"
         )
     if changed:
         parallel.say(f"note: changed since the state was saved: {text}")
@@ -265,7 +267,7 @@ def restored(path: Path, parts: Parts, args: Namespace) -> Progress:
         checkpoint.DivergedError: Its weights are not finite.
     """
     state = load(path)
-    check_flags(state, args)
+    check_flags(state, args, path)
     try:
         progress = put_back(state, parts)
     except Exception as error:  # what a file holds can raise anything

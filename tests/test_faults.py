@@ -450,13 +450,17 @@ def interrupted(place, *signals):
 @row("F15 SIGTERM")
 def terminated(place):
     status, out = interrupted(place, signal.SIGTERM)
-    assert status == 143 and re.search(r"SIGTERM: stopped in epoch \d+ .*--resume goes on", out)
+    assert status == 143 and re.search(
+        r"SIGTERM: stopped in epoch \d+ .*--resume output/run goes on", out
+    )
 
 
 @row("F15 Ctrl-C", pytest.mark.slow)
 def ctrl_c(place):
     status, out = interrupted(place, signal.SIGINT)
-    assert status == 130 and re.search(r"SIGINT: stopped in epoch \d+ .*--resume goes on", out)
+    assert status == 130 and re.search(
+        r"SIGINT: stopped in epoch \d+ .*--resume output/run goes on", out
+    )
 
 
 @row("F15 a second signal", pytest.mark.slow)
@@ -484,7 +488,7 @@ def fresh_start(place):
 @row("F17 resume with changed flags")
 def changed_flags(place):
     line = r"--resume: flags that change the run: .*--epsilon 8\.0 -> 4\.0.*--lr 0\.1 -> 0\.3.*"
-    line += "--allow-changed$"
+    line += "give them as before to go on in output/run, or --allow-changed$"
     words = ["--epochs", 2, "--resume", "--lr", 0.3, "--epsilon", 4]
     refused(place, lambda: place.train(*words), line)
 

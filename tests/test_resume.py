@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 import torch
@@ -125,9 +126,10 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, number):
     out, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (128 + number, "")
     stopped = re.search(
-        r"(SIG\w+): stopped in epoch (\d+) after (\d+) of 10 steps; .*--resume", out
+        r"(SIG\w+): stopped in epoch (\d+) after (\d+) of 10 steps; .*--resume (.*) goes on", out
     )
     assert stopped and stopped[1] == signal.Signals(number).name
+    assert stopped[4] == str(tmp_path / "run")
     progress = resume.load(tmp_path / "run" / resume.NAME)["progress"]
     assert (progress["epoch"], progress["step"]) == (int(stopped[2]), int(stopped[3]))
 
@@ -284,6 +286,27 @@ def test_flags_that_are_not_typed_so_are_named_as_they_are_typed():
     line = "--precision bf16 -> fp32, --nproc-per-node of torchrun 2 -> 1"
     with pytest.raises(ValueError, match=line):
         resume.check_flags(state, args)
+
+
+def test_what_no_flag_sets_is_not_named_and_a_factor_is_its_label_smoothing():
+    words = ["--label-smoothing", "0.25"]
+    args = options.parse_training(words, "doc", {})
+    args.num_classes = 10
+    state = {"args": checkpoint.plain(args)}
+    state["args"] |= {"method": "fast", "num_classes": 100, "factor": 0.775}
+    resume.check_flags(state, args)
+    args.label_smoothing = 0.5
+    with pytest.raises(
+        ValueError, match=r"the run: --label-smoothing 0\.25 -> 0\.5; .* in out/run,"
+    ):
+        resume.check_flags(state, args, Path("out/run/state.pth"))
+
+
+def test_the_spelling_of_a_network_may_change(stopped, script):
+    _, words = stopped
+    words = [*words, "--epochs", "1", "--model", "preact-resnet18"]
+    status, out, err = script("MIX_KL_CIFAR10", *words)
+    assert (status, err) == (0, "") and "PreActResNet18" in out
 
 
 def test_a_state_of_one_kl_weight_is_one_of_a_constant_line():
