@@ -187,7 +187,7 @@ def prepare(
         ValueError: ``--batch-size`` cannot be shared, or ``--compile`` asks for what is not there.
     """
     device = next(model.parameters()).device
-    parallel.refuse_uneven(args.batch_size, least=4 if args.attack_mode == "both" else 1)
+    parallel.refuse_uneven(args.batch_size, args.attack_mode)
     alone_on_gpu = device.type == "cuda" and parallel.size() == 1
     if args.compile == "on" and not alone_on_gpu:
         raise ValueError("--compile on: a CUDA graph needs a GPU and a single process")
@@ -269,7 +269,7 @@ def train(
         SystemExit: A signal told the run to stop; its state is saved.
     """
     build, parts = prepare(model, batches, args)
-    progress = resume.begun(state, parts, args)
+    progress = resume.begun(state, parts, args, len(batches))
     facts = facts | {"commit": progress.commit}
     average, step_of = parts.average, current(build, attack_of, args)
     watch = keeper.Keeper(folder, parts, progress, args, len(batches))
@@ -293,7 +293,7 @@ def train(
                 ))  # fmt: skip
             parallel.say(record.line(row, args.epochs))
             rollback.follow(progress, parts, args)
-            progress.next_epoch()
+            progress.begin(progress.epoch + 1)
             watch.after_epoch(keep)
     watch.close()
     if reason := rollback.stopped(progress, args):

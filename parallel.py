@@ -175,13 +175,15 @@ def share(items: Tensor) -> Tensor:
     return items[rank() :: size()]
 
 
-def refuse_uneven(batch_size: int, least: int = 1) -> None:
-    """Raise a ValueError where a batch cannot be shared evenly, ``least`` images or more each."""
+def refuse_uneven(batch_size: int, attack_mode: str) -> None:
+    """Raise a ValueError where a batch cannot be shared evenly, or batch norm sees one image."""
+    least = 4 if attack_mode == "both" else 2
     if batch_size % size():
         raise ValueError(f"--batch-size {batch_size}: not a multiple of the {size()} processes")
     if batch_size < least * size():
         raise ValueError(
-            f"--batch-size {batch_size}: each process needs {least} images with --attack-mode both"
+            f"--batch-size {batch_size}: each process needs {least} images with --attack-mode "
+            f"{attack_mode}"
         )
 
 

@@ -66,6 +66,7 @@ class Progress:
 
     epoch: int = 1  # the one under way
     step: int = 0  # steps done of it
+    steps: int = 0  # of an epoch; states of before this was kept have none
     sums: Tensor | int = 0  # of the loss terms over these steps
     seconds: float = 0.0  # spent in them
     best: float = -1.0  # highest held-out PGD-10 accuracy, raw or averaged
@@ -76,16 +77,16 @@ class Progress:
 
     def __post_init__(self) -> None:
         """Look at the types of what a file may hold."""
-        kinds = dict(epoch=int, step=int, seconds=float, best=float, rows=list, commit=str)
-        for name, kind in kinds.items():
+        kinds = dict(epoch=int, step=int, steps=int, seconds=float, best=float, rows=list)
+        for name, kind in (kinds | dict(commit=str)).items():
             if type(getattr(self, name)) is not kind:
                 raise TypeError(f"its {name} is {reading.brief(getattr(self, name))}")
         if not all(type(row) is dict and COLUMNS <= row.keys() for row in self.rows):
             raise TypeError("its rows are no log")
 
-    def next_epoch(self) -> None:
-        """Begin the next epoch."""
-        self.epoch, self.step, self.sums, self.seconds = self.epoch + 1, 0, 0, 0.0
+    def begin(self, epoch: int) -> None:
+        """Begin an epoch."""
+        self.epoch, self.step, self.sums, self.seconds = epoch, 0, 0, 0.0
 
 
 # ------------------------------------------------------------------------------------ states, files
@@ -243,14 +244,22 @@ def check_flags(state: dict[str, object], args: Namespace, path: Path = Path(NAM
         parallel.say(f"note: changed since the state was saved: {text}")
 
 
-def begun(path: Path | None, parts: Parts, args: Namespace) -> Progress:
+def begun(path: Path | None, parts: Parts, args: Namespace, steps: int) -> Progress:
     """Return how far a run is: where the state in a file left it, or at its beginning.
+
+    An epoch that had another number of ``steps`` begins anew.
 
     Raises:
         ValueError: The file cannot be gone on from, or other processes found another state.
         checkpoint.DivergedError: Its weights are not finite.
     """
     progress = restored(path, parts, args) if path else Progress()
+    if progress.step and progress.steps not in (0, steps):
+        parallel.say(
+            f"note: epoch {progress.epoch} begins anew: it has {steps} steps, not {progress.steps}"
+        )
+        progress.begin(progress.epoch)
+    progress.steps = steps
     if len(set(parallel.gathered((progress.epoch, progress.step, progress.rollbacks)))) > 1:
         raise ValueError(
             "--resume: the processes found different states; --out-dir must be a folder that all "

@@ -352,6 +352,7 @@ def test_a_batch_that_cannot_be_shared_is_refused(monkeypatch, batch):
     args = options.parse_training([], "doc", {})
     with pytest.raises(ValueError, match="--batch-size 128: not a multiple of the 3 processes"):
         engine.prepare(torch.nn.Linear(1, 1), None, args)
-    args.batch_size = 9
-    with pytest.raises(ValueError, match="each process needs 4 images with --attack-mode both"):
-        engine.prepare(torch.nn.Linear(1, 1), None, args)
+    for args.attack_mode, args.batch_size, least in (("both", 9, 4), ("train", 3, 2)):
+        line = f"--batch-size {args.batch_size}: each process needs {least} images with --attack-m"
+        with pytest.raises(ValueError, match=line):
+            engine.prepare(torch.nn.Linear(1, 1), None, args)

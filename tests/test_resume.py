@@ -132,6 +132,7 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, number):
     assert stopped[4] == str(tmp_path / "run")
     progress = resume.load(tmp_path / "run" / resume.NAME)["progress"]
     assert (progress["epoch"], progress["step"]) == (int(stopped[2]), int(stopped[3]))
+    assert progress["steps"] == 10
 
 
 @pytest.fixture
@@ -388,6 +389,17 @@ def test_the_first_epoch_saves_its_state_before_it_is_measured(watched, tmp_path
     progress.step = 25
     watch.after_step()
     assert resume.load(tmp_path / resume.NAME)["progress"]["step"] == 25
+
+
+def test_an_epoch_that_has_another_number_of_steps_begins_anew(watched, tmp_path, capsys):
+    watch, progress = watched
+    progress.epoch, progress.step, progress.steps, progress.sums = 2, 5, 25, torch.ones(3)
+    watch.save()
+    for steps, step in ((25, 5), (10, 0)):
+        found = resume.begun(tmp_path / resume.NAME, watch.parts, watch.args, steps)
+        assert (found.epoch, found.step, found.steps) == (2, step, steps)
+        assert bool(torch.as_tensor(found.sums).any()) is bool(step)
+    assert "note: epoch 2 begins anew: it has 10 steps, not 25\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("changed, due", [
