@@ -184,7 +184,8 @@ def load(name: str, num_classes: int, data_dir: Path, use_synthetic: bool) -> Da
     if use_synthetic:
         return drawn(num_classes, train=6000, test=1000)
     archive = ARCHIVES[name]
-    folder = data_dir if data_dir.name == archive.folder else data_dir / archive.folder
+    inside = data_dir.absolute().name == archive.folder  # also where it is .
+    folder = data_dir if inside else data_dir / archive.folder
     if missing(archive, folder):
         download(archive, folder)
     return read_cifar(name, folder)

@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ import cifar
 import data
 
 
-def test_both_datasets_are_read_as_they_were_written(tmp_path):
+def test_both_datasets_are_read_as_they_were_written(tmp_path, monkeypatch):
     for name, folder, num_classes in (
         ("cifar10", "cifar-10-batches-py", 10),
         ("cifar100", "cifar-100-python", 100),
@@ -36,6 +37,9 @@ def test_both_datasets_are_read_as_they_were_written(tmp_path):
             dataset.test.labels.tolist() == record["labels" if num_classes == 10 else "fine_labels"]
         )
         inner = data.load(name, num_classes, tmp_path / folder, False)  # the inner folder will do
+        assert torch.equal(inner.train.pixels, dataset.train.pixels)
+        monkeypatch.chdir(tmp_path / folder)
+        inner = data.load(name, num_classes, Path(), False)
         assert torch.equal(inner.train.pixels, dataset.train.pixels)
 
 
