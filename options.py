@@ -103,8 +103,7 @@ def add_optimisation(parser: Parser) -> None:
         help="network (default %(default)s; an unknown name lists all)")
     add("--width", type=count(high=1024), metavar="C",
         help="channels of a ResNet's first stage, a multiple of 8 (default 64)")
-    add("--epochs", type=count(), default=110,
-        help="passes over the training images (default %(default)s)")
+    add("--epochs", type=count(), default=110, help="passes over the images (default %(default)s)")
     add("--image-sizes", type=count(8, 32), nargs="+", default=[32], metavar="PIXELS",
         help="side of the training images in equal parts of the run, the last is 32: 16 24 32 is "
         "progressive resizing (default: 32 throughout)")
@@ -112,8 +111,7 @@ def add_optimisation(parser: Parser) -> None:
         help="border that random crops reach into; 0: no crops (default %(default)s)")
     add("--batch-size", type=count(2), default=128,
         help="images a step, of all processes together (default %(default)s)")
-    add("--lr", "--lr-max", type=number(0), default=0.1,
-        help="highest learning rate (default %(default)s)")
+    add("--lr", "--lr-max", type=number(0), default=0.1, help="highest rate (default %(default)s)")
     add("--lr-min", type=number(0), default=0.0,
         help="lowest, where the schedule has one (default %(default)s)")
     add("--lr-schedule", choices=("multistep", "cyclic", "onecycle", "cosine", "constant"),
@@ -194,11 +192,11 @@ def parse_training(argv: list[str], doc: str, defaults: dict[str, object]) -> ar
     args.alpha = args.epsilon * ratio if args.alpha is None else args.alpha
     args.attack_temperature = args.attack_temperature or args.temperature
     args.method = args.baseline or args.preset or "mix_kl"
-    refuse(args)
+    refuse(args, parser.get_default)
     return args
 
 
-def refuse(args: argparse.Namespace) -> None:
+def refuse(args: argparse.Namespace, default: Callable[[str], object]) -> None:
     """Raise a ValueError where two flags contradict each other, or one would do nothing."""
     without_kl = max(args.kl_weight) == 0
     rules = (
@@ -208,6 +206,10 @@ def refuse(args: argparse.Namespace) -> None:
          "--kl-gradient both: needs --kl-reference clean"),
         (args.hard_term == "clean" and without_kl,
          "--hard-term clean: with --kl-weight 0 no adversarial image is trained on"),
+        (without_kl and args.kl_warmup != default("kl_warmup"),
+         "--kl-warmup: with --kl-weight 0 there is nothing to fade in"),
+        (without_kl and args.kl_reference != default("kl_reference"),
+         "--kl-reference: with --kl-weight 0 no term refers to it"),
         (args.attack_steps > 1 and args.delta_init == "noise",
          "--attack-steps: nothing keeps several steps from --delta-init noise in the ball; choose "
          "another start, uniform for one"),
@@ -216,8 +218,7 @@ def refuse(args: argparse.Namespace) -> None:
         (args.hard_term == "clean" and args.kl_reference == "start" and args.attack_mode == "both",
          "--hard-term clean: with --kl-reference start no term sees the half of the images that "
          "--attack-mode both attacks on running statistics; choose another of the three"),
-        (args.factor is not None and args.label_smoothing > 0,
-         "--factor: sets --label-smoothing; give one of them"),
+        (args.factor and args.label_smoothing, "--factor: sets --label-smoothing; give one"),
         (args.image_sizes[-1] != 32,
          "--image-sizes: the last is 32, the side of the images that are measured"),
         (args.epochs < len(args.image_sizes),
@@ -226,7 +227,9 @@ def refuse(args: argparse.Namespace) -> None:
         (args.overwrite and not args.run_name,
          "--overwrite: replaces the run called --run-name; give that name"),
         (args.overwrite and args.resume, "--overwrite: starts anew, --resume goes on; choose one"),
+        (args.allow_changed and not args.resume, "--allow-changed: needs --resume"),
         (args.nesterov and args.momentum == 0, "--nesterov: needs a --momentum above 0"),
+        (args.lr_min > args.lr, f"--lr-min {args.lr_min:g}: above --lr {args.lr:g}, the highest"),
     )  # fmt: skip
     for wrong, why in rules:
         if wrong:

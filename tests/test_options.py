@@ -129,10 +129,22 @@ def test_a_bad_value_is_one_line_and_status_2(words, message, capsys):
     ("--baseline pgd_at --delta-init noise", "--attack-steps: nothing keeps several steps"),
     ("--overwrite", "--overwrite: replaces the run called --run-name"),
     ("--overwrite --run-name a --resume", "--overwrite: starts anew, --resume goes on"),
+    ("--allow-changed", "--allow-changed: needs --resume"),
+    ("--lr 0.1 --lr-min 0.2", "--lr-min 0.2: above --lr 0.1"),
+    ("--kl-weight 0 --kl-warmup 0.1", "--kl-warmup: with --kl-weight 0 there is nothing"),
+    ("--preset fast --kl-warmup 0.1", "--kl-warmup: with --kl-weight 0 there is nothing"),
+    ("--baseline n_fgsm --kl-reference ema", "--kl-reference: with --kl-weight 0 no term"),
+    ("--kl-weight 0 --kl-reference clean --kl-gradient both", "--kl-reference: with --kl-weight 0"),
 ])  # fmt: skip
 def test_flags_that_contradict_each_other_are_refused(words, message):
     with pytest.raises(ValueError, match=message):
         parse(words)
+
+
+def test_a_flag_of_the_kl_term_is_refused_only_where_it_was_given_and_the_weight_is_0():
+    parse("--baseline trades --kl-weight 0 --hard-term adversarial")  # its own reference is clean
+    parse("--kl-weight 0:4 --kl-warmup 0.1 --kl-reference clean --kl-gradient both")
+    parse("--kl-weight 0 --kl-warmup 0 --lr 0")
 
 
 @pytest.mark.parametrize("baseline, alpha, start, steps", [

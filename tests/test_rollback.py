@@ -122,7 +122,7 @@ def test_stop_ends_at_the_collapse_and_says_so_also_when_resumed(run, capsys):
     done.go(done.folder / resume.NAME)
     assert done.column("epoch") == list("123")
     assert "stopped after epoch 3" in capsys.readouterr().out
-    done.go(done.folder / resume.NAME, ["--on-collapse", "warn", "--allow-changed"])
+    done.go(done.folder / resume.NAME, ["--on-collapse", "warn", "--resume", "--allow-changed"])
     assert done.column("epoch") == list("12345")
 
 
@@ -240,7 +240,8 @@ def test_a_run_that_turns_to_rollback_after_its_last_healthy_epoch_stops(run, ca
     done.kill_at = ("step", 5)
     with pytest.raises(SystemExit):
         done.go()
-    done.go(done.folder / resume.NAME, ["--on-collapse", "rollback", "--allow-changed"])
+    words = ["--on-collapse", "rollback", "--resume", "--allow-changed"]
+    done.go(done.folder / resume.NAME, words)
     assert done.column("epoch") == list("123") and done.column("rollbacks") == ["", "", "0"]
     assert "has collapsed and no state is healthy" in capsys.readouterr().out
 
