@@ -92,14 +92,19 @@ def load(path: Path) -> dict[str, object]:
             content[key] = reading.tensors(content[key], size)
         except ValueError as error:
             raise ValueError(f"{path}: {key}: {error}") from error
-    absent = FACTS.keys() - content.keys() - {"metrics"}
-    wrong = [k for k, sound in FACTS.items() if k in absent or not sound(content.get(k))]
-    wrong = wrong if ours else []
-    if wrong or content.get("selected") not in content:
-        value = reading.brief(repr(content.get(wrong[0], "absent"))) if wrong else "no such weights"
-        key = wrong[0] if wrong else "selected"
-        raise ValueError(f"{path}: damaged, its {key} is wrong ({value}); train or download again")
+    for key, sound in FACTS.items() if ours else ():
+        value = content.get(key)
+        if not sound(value) or key not in {"metrics", *content}:
+            raise damaged(path, key, repr(value) if key in content else "absent")
+    if content["selected"] not in content:
+        raise damaged(path, "selected", "no such weights")
     return content
+
+
+def damaged(path: Path, key: str, value: str) -> ValueError:
+    """Return the error for a checkpoint that says something impossible of itself."""
+    value = reading.brief(value)
+    return ValueError(f"{path}: damaged, its {key} is wrong ({value}); train or download again")
 
 
 def load_weights(
