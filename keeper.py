@@ -170,7 +170,8 @@ class Keeper:
     def close(self) -> None:
         """Raise what went wrong with the last writes, now that nothing comes after them."""
         if failure := self.unwritten or self.failure:
-            raise OSError(f"{failure}; make room, and add --resume to the same command")
+            again = f"add --resume {self.folder} to the same command"
+            raise OSError(f"{failure}; make room, and {again}")
 
 
 def failure_of(write: Callable[[], None]) -> OSError | None:

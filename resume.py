@@ -69,7 +69,7 @@ class Progress:
     steps: int = 0  # of an epoch; states of before this was kept have none
     sums: Tensor | int = 0  # of the loss terms over these steps
     seconds: float = 0.0  # spent in them
-    best: float = -1.0  # highest held-out PGD-10 accuracy, raw or averaged
+    best: float = -1.0  # held-out PGD-10 accuracy of the best epoch written, raw or averaged
     rows: list[dict[str, float]] = field(default_factory=list)  # of the log
     rollbacks: int = 0  # done so far: what the attack is now follows from their number
     healthy: list[dict[str, object]] = field(default_factory=list)  # states to go back to

@@ -363,7 +363,7 @@ def disk_full(place):
                 pass
         out, err = ended(process, 2)
         assert re.search(r"warning: .*cannot be written \(.*; the run goes on", out)
-        line = r"error: .*disk/run/.*: cannot be written \(.*make room, and add --resume"
+        line = r"error: .*disk/run/.*: cannot be written \(.*make room, and add --resume disk/run "
         assert len(err.splitlines()) == 1 and re.search(line, err), err
         loads(run)
         assert "epoch   6/6" in out and resume.load(run / resume.NAME)["progress"]["epoch"] < 7
