@@ -276,7 +276,7 @@ def test_the_flags_that_may_change_between_two_states_are_these():
             resume.check_flags({"args": checkpoint.plain(args) | {key: "another"}}, args)
             free.add(key)
     assert free == {
-        "allow_changed", "compile", "data_dir", "debug", "device", "factor", "method", "out_dir",
+        "allow_changed", "compile", "data_dir", "debug", "device", "out_dir",
         "overwrite", "precision", "resume", "run_name", "save_every",
     }  # fmt: skip
 
