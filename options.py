@@ -218,7 +218,8 @@ def refuse(args: argparse.Namespace, default: Callable[[str], object]) -> None:
         (args.hard_term == "clean" and args.kl_reference == "start" and args.attack_mode == "both",
          "--hard-term clean: with --kl-reference start no term sees the half of the images that "
          "--attack-mode both attacks on running statistics; choose another of the three"),
-        (args.factor and args.label_smoothing, "--factor: sets --label-smoothing; give one"),
+        (args.factor is not None and args.label_smoothing > 0,
+         "--factor: sets --label-smoothing; give one of them"),
         (args.image_sizes[-1] != 32,
          "--image-sizes: the last is 32, the side of the images that are measured"),
         (args.epochs < len(args.image_sizes),

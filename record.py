@@ -41,10 +41,11 @@ def start_run(args: Namespace, default: str, state: Path | None) -> Path:
     if state:
         return state.parent
     unborn = bool(args.resume and args.run_name)  # unless it wrote something
-    if unborn and any((args.out_dir / args.run_name / file).exists() for file in WRITTEN):
+    folder = args.out_dir / (args.run_name or default)
+    if unborn and any((folder / file).exists() for file in WRITTEN):
         raise ValueError(
-            f"{args.out_dir / args.run_name}: exists, without a state that --resume could go on "
-            "from; choose another --run-name, or give --overwrite in its place"
+            f"{folder}: exists, without a state that --resume could go on from; choose another "
+            "--run-name, or give --overwrite in its place"
         )
     return run_folder(args.out_dir, args.run_name, default, args.overwrite or unborn)
 

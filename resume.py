@@ -77,8 +77,9 @@ class Progress:
 
     def __post_init__(self) -> None:
         """Look at the types of what a file may hold."""
-        kinds = dict(epoch=int, step=int, steps=int, seconds=float, best=float, rows=list)
-        for name, kind in (kinds | dict(commit=str)).items():
+        kinds = dict(epoch=int, step=int, steps=int, rows=list, commit=str)
+        kinds |= dict(seconds=float, best=float)
+        for name, kind in kinds.items():
             if type(getattr(self, name)) is not kind:
                 raise TypeError(f"its {name} is {reading.brief(getattr(self, name))}")
         if not all(type(row) is dict and COLUMNS <= row.keys() for row in self.rows):

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import record
+
 HERE = Path(__file__).resolve().parent
 EPOCHS = {"final": "last", "best": "best"}  # file of a checkpoint: its epoch
 METHODS = {
@@ -33,10 +35,12 @@ def log_of(folder: Path) -> list[dict[str, str]]:
 
 def best_is_last(folder: Path) -> bool:
     """Return whether the best measured epoch of a run is its last one."""
-    rows = [row for row in log_of(folder) if row["pgd10_acc"]]
-    columns = ("pgd10_acc", "ema_pgd10_acc")
-    shares = [max(float(row[name]) for name in columns if row.get(name)) for row in rows]
-    return max(shares) not in shares[:-1]
+    columns, scores = ("pgd10_acc", "ema_pgd10_acc"), []
+    for row in log_of(folder):
+        if row["pgd10_acc"]:
+            found = record.score({key: float(row[key]) for key in columns if row.get(key)})
+            scores.append(-1.0 if row["collapse"] == "1" else found)
+    return scores[-1] > max(scores[:-1], default=-1.0)
 
 
 def shares_of(report: Path) -> dict[str, float]:

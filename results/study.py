@@ -100,11 +100,8 @@ def carry_out(cell: cells.Cell, args: argparse.Namespace, deadline: float) -> No
         if report.exists():
             continue
         if path.exists():
-            words = [
-                f"test_cifar{cell.classes}.py",
-                "--model-path",
-                os.path.relpath(path, HERE.parent),
-            ]
+            weights = os.path.relpath(path, HERE.parent)
+            words = [f"test_cifar{cell.classes}.py", "--model-path", weights]
             words += [*shlex.split(flags), *shlex.split(args.measure_flags)]
             words += ["--out-dir", str(args.out_dir / cell.name), *shared]
             written = folder / f"{cell.name}-{path.stem}-report.json"

@@ -125,6 +125,7 @@ def test_a_bad_value_is_one_line_and_status_2(words, message, capsys):
     ("--kl-gradient both", "--kl-gradient both: needs --kl-reference clean"),
     ("--baseline trades --kl-weight 0", "--hard-term clean: with --kl-weight 0 no adversarial"),
     ("--factor 0.7 --label-smoothing 0.1", "--factor: sets --label-smoothing"),
+    ("--factor 0 --label-smoothing 0.1", "--factor: sets --label-smoothing"),
     ("--attack-steps 2", "--attack-steps: nothing keeps several steps from --delta-init noise"),
     ("--baseline pgd_at --delta-init noise", "--attack-steps: nothing keeps several steps"),
     ("--overwrite", "--overwrite: replaces the run called --run-name"),

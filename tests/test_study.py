@@ -76,11 +76,14 @@ def test_a_study_that_is_cut_off_goes_on_and_keeps_each_cell_once(
         study.keep(folder, kept, ("final", "best"))
         assert (kept / "best_model.pth").exists() is (epoch == 1)
     shares = [("", ""), ("0.3", "0.2"), ("0.2", "0.3")]  # not measured, the best, no better
-    rows = [dict(zip(("pgd10_acc", "ema_pgd10_acc"), pair, strict=True)) for pair in shares]
+    columns = ("pgd10_acc", "ema_pgd10_acc", "collapse")
+    rows = [dict(zip(columns, (*pair, "0"), strict=True)) for pair in shares]
     monkeypatch.setattr(study.runs, "log_of", lambda folder: rows)
     assert "weights are gone" in run("--only", "*mix_kl*")[1]
     assert not (kept / "best_model-report.json").exists()
-    rows[2]["ema_pgd10_acc"] = "0.4"
+    rows[2] |= {"ema_pgd10_acc": "0.4", "collapse": "1"}  # the average hides it: no best epoch
+    assert not study.runs.best_is_last(kept)
+    rows[2]["collapse"] = "0"
     shutil.rmtree(folder)  # another machine measures what this one has trained
 
     status, out = run()
