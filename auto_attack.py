@@ -30,6 +30,7 @@ import parallel
 LIBRARIES = ("autoattack", "pyautoattack")  # the authors' own first
 VERSIONS = {
     "autoattack": ("standard", ("apgd-ce", "apgd-t", "fab-t", "square")),
+    "apgd": ("standard", ("apgd-ce", "apgd-t")),  # which decide nearly all
     "autoattack-plus": ("plus", ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t")),
 } | {part: ("standard", (part,)) for part in ("apgd-ce", "apgd-t", "fab-t", "square")}
 
@@ -165,7 +166,8 @@ def attack(
         epsilon: Radius of the ball, a pixel fraction.
         batch_size: Images at a time.
         seed: Of the library.
-        folder: Where the journal lies, from which an interrupted run goes on; None for no journal.
+        folder: Where the journal lies, from which an interrupted run goes on, and ``autoattack``
+            after ``apgd``; None for no journal.
         progress: Whether to show a bar.
     """
     version, parts = VERSIONS[name]
@@ -173,7 +175,7 @@ def attack(
     settings = dict(epsilon=epsilon, seed=seed, batch_size=batch_size)
     title = library()[1]
     shown = x[upright], y[upright]  # the journal numbers images by their place among those
-    journal = Journal(folder and journal_path(folder, model, *shown, name, settings))
+    journal = Journal(folder and journal_path(folder, model, *shown, version, settings))
     standing, counts, seconds, passes = upright.clone(), {}, 0.0, 0
     for part in parts:
         left = standing.nonzero().squeeze(1)
@@ -182,7 +184,7 @@ def attack(
         after = standing.long()
         hidden = None if progress and not parallel.rank() else True
         for number in tqdm(mine, f"{name}: {part}", unit="batch", disable=hidden):
-            index, key = batches[number], f"{part} {number}"
+            index, key = batches[number], f"{part} {number} of {len(left)} images"
             if key not in journal.batches:
                 began, count = time.perf_counter(), Passes(model)
                 fell = fallen_in_parts(model, x[index], y[index], part, version, **settings)
@@ -194,16 +196,17 @@ def attack(
             seconds, passes = seconds + entry["seconds"], passes + entry["passes"]
         standing = parallel.minimum_(after).bool()
         counts[part] = int(standing.sum())
-    return Outcome(standing, counts, seconds, passes, title, journal.path)
+    done_with = None if name == "apgd" else journal.path  # autoattack goes on from that of apgd
+    return Outcome(standing, counts, seconds, passes, title, done_with)
 
 
 def journal_path(
-    folder: Path, model: nn.Module, x: Tensor, y: Tensor, name: str, settings: dict[str, object]
+    folder: Path, model: nn.Module, x: Tensor, y: Tensor, version: str, settings: dict[str, object]
 ) -> Path:
     """Return the journal's file: one for each model, images, settings, library and process."""
-    key = fingerprint(model, x, y, name, settings, library()[1], parallel.size())
+    key = fingerprint(model, x, y, version, settings, library()[1], parallel.size())
     folder.mkdir(parents=True, exist_ok=True)
-    return folder / f".{name}-{key}-{parallel.rank()}.json"
+    return folder / f".autoattack-{key}-{parallel.rank()}.json"
 
 
 class Passes:

@@ -245,8 +245,8 @@ def measuring_parser(doc: str) -> Parser:
     add("--model-path", type=Path, metavar="FILE", help="checkpoint (.pth)")
     add("--attacks", nargs="+", default=DEFAULT_ATTACKS, metavar="NAME",
         help="clean, fgsm, fgsm-rs, pgd-STEPS, pgd-STEPS-RESTARTS, cw-STEPS, transfer, autoattack, "
-        "autoattack-plus, or a part of it: apgd-ce, apgd-t, fab-t, square (default: "
-        f"{' '.join(DEFAULT_ATTACKS)})")
+        "autoattack-plus, apgd (the first two parts), or one part: apgd-ce, apgd-t, fab-t, square "
+        f"(default: {' '.join(DEFAULT_ATTACKS)})")
     add("--epsilon", type=pixels, default=8.0, metavar="E",
         help="[1/255]: 8, 8/255 or 0.03137 (default 8)")
     add("--cascade", action="store_true", help="attack only what the attacks before left standing: "

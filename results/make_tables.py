@@ -182,8 +182,9 @@ def headline() -> list[str]:
                 found = runs.measured([pattern.format(method) for pattern in patterns], file)
                 if found:
                     rows.append(([setting, runs.METHODS[method], epoch], found))
-    if any("autoattack" in run.shares for _, found in rows for run in found):
-        names["autoattack"] = "AutoAttack"
+    for attack, title in {"apgd": "APGD", "autoattack": "AutoAttack"}.items():
+        if any(attack in run.shares for _, found in rows for run in found):
+            names[attack] = title
     lines = [
         f"| setting | method | epoch | {' | '.join(names.values())} | collapsed | minutes |",
         "| --- " * (len(names) + 5) + "|",

@@ -49,6 +49,16 @@ def shares_of(report: Path) -> dict[str, float]:
     return {row["attack"]: 100 * row["accuracy"] for row in rows}
 
 
+def strong_shares_of(report: Path) -> dict[str, float]:
+    """Return the accuracies under AutoAttack and under its first two parts, as far as measured."""
+    shares = {}
+    for row in json.loads(report.read_text())["attacks"]:
+        if row["attack"] in ("apgd", "autoattack"):
+            shares["apgd"] = 100 * row["standing_after"]["apgd-t"] / row["n"]
+            shares[row["attack"]] = 100 * row["accuracy"]
+    return shares
+
+
 @dataclass(frozen=True)
 class Run:
     """A measured checkpoint: accuracy by attack in percent, and what its log says."""
@@ -68,9 +78,10 @@ def measured(patterns: Sequence[str], file: str) -> list[Run]:
             path = folder / "report.json"
         if path.exists():
             shares, log = shares_of(path), log_of(folder)
-            more = folder / f"{file}_model-autoattack.json"
-            if more.exists():
-                shares["autoattack"] = shares_of(more)["autoattack"]
+            for name in ("apgd", "autoattack"):
+                more = folder / f"{file}_model-{name}.json"
+                if more.exists():
+                    shares |= strong_shares_of(more)
             collapsed = any(row["collapse"] == "1" for row in log)
             minutes = sum(float(row["train_seconds"]) for row in log) / 60
             found.append(Run(folder.name, shares, collapsed, minutes))

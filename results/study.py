@@ -19,6 +19,8 @@ import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import cells
 import runs
 import shrink
@@ -27,6 +29,7 @@ import checkpoint
 from report import verdict_file
 
 HERE = Path(__file__).resolve().parent
+STRONG = ("apgd", "autoattack")  # the second goes on from what the first has found
 
 
 class OutOfTimeError(Exception):
@@ -78,8 +81,8 @@ def carry_out(cell: cells.Cell, args: argparse.Namespace, deadline: float) -> No
     """
     folder, kept = HERE.parent / args.out_dir / cell.name, args.results_dir / cell.name
     measurements = {"report": cell.measure}
-    if cell.autoattack and args.until == "autoattack":
-        measurements["autoattack"] = cell.autoattack
+    if cell.strong and args.until in STRONG:
+        measurements[args.until] = cell.strong.format(args.until)
     reports = {
         kept / f"{file}_model-{kind}.json": (kept / f"{file}_model.pth", flags)
         for kind, flags in measurements.items() for file in cell.files
@@ -151,7 +154,7 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, default=Path("cifar-data"))
     parser.add_argument("--device", default="auto")
     parser.add_argument(
-        "--until", choices=["train", "report", "autoattack"], default="autoattack",
+        "--until", choices=["train", "report", *STRONG], default="autoattack",
         help="leave what comes after it to another call (default: do all)",
     )  # fmt: skip
     parser.add_argument("--train-flags", default="", help="more flags of every training")

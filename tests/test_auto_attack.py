@@ -165,6 +165,28 @@ def test_a_killed_run_goes_on_where_it_was(case, tmp_path, monkeypatch):
     assert len(list(tmp_path.iterdir())) == 3
 
 
+def test_autoattack_goes_on_from_its_first_two_parts(case, tmp_path, monkeypatch):
+    run = []
+
+    def fells_a_quarter(model, x, y, part, *args, **kwargs):
+        run.append(part)
+        return (255 * x.flatten(1).sum(1)).round() % 4 == len(part) % 4
+
+    monkeypatch.setattr(auto_attack, "fallen", fells_a_quarter)
+    whole = ours(*case, "autoattack")
+    assert len(set(whole.parts.values())) == 3
+    assert ours(*case, "apgd-ce", folder=tmp_path).journal is not None
+    half = ours(*case, "apgd", folder=tmp_path)
+    assert half.journal is None and list(half.parts) == ["apgd-ce", "apgd-t"]
+    alone = ours(*case, "apgd-t", folder=tmp_path)  # on the images that apgd-ce had felled, too
+    assert torch.equal(alone.standing, ours(*case, "apgd-t").standing)
+    run.clear()
+    resumed = ours(*case, "autoattack", folder=tmp_path)
+    assert set(run) == {"fab-t", "square"}
+    assert torch.equal(resumed.standing, whole.standing) and resumed.parts == whole.parts
+    assert [resumed.journal] == list(tmp_path.iterdir())
+
+
 def test_a_broken_journal_is_as_good_as_none(tmp_path):
     (tmp_path / "j").write_text('{"apgd-ce 0": {"fe')
     assert auto_attack.Journal(tmp_path / "j").batches == {}

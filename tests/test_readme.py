@@ -143,9 +143,14 @@ def test_a_seed_that_collapsed_is_counted_and_not_averaged(tables, tmp_path, mon
         one = ROOT / "results" / f"steep-fgsm_rs-seed{seed}"
         shutil.copytree(one, tmp_path / f"steep15-fgsm_rs-seed{seed}")
     assert tables.headline()[2].endswith("| last | 39.8 | 22.1 | 20.1 | 2 of 3 | 7.6 |")
-    found = json.dumps({"attacks": [{"attack": "autoattack", "accuracy": 0.2}]})
-    (tmp_path / "steep15-fgsm_rs-seed2" / "final_model-autoattack.json").write_text(found)
-    assert tables.headline()[2].endswith("| last | 39.8 | 22.1 | 20.1 | 20.0 | 2 of 3 | 7.6 |")
+    row = {"standing_after": {"apgd-t": 21, "square": 20}, "n": 100}
+    for name, share in {"apgd": 0.21, "autoattack": 0.2}.items():
+        found = json.dumps({"attacks": [row | {"attack": name, "accuracy": share}]})
+        (tmp_path / "steep15-fgsm_rs-seed2" / f"final_model-{name}.json").write_text(found)
+    end = "| last | 39.8 | 22.1 | 20.1 | 21.0 | 20.0 | 2 of 3 | 7.6 |"
+    assert tables.headline()[2].endswith(end)
+    (tmp_path / "steep15-fgsm_rs-seed2" / "final_model-apgd.json").unlink()  # the other says it too
+    assert tables.headline()[2].endswith(end)
     shutil.rmtree(tmp_path / "steep15-fgsm_rs-seed2")
     assert tables.headline()[2].endswith("| last |  |  |  | 2 of 2 |  |")
 

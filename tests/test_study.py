@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 
@@ -34,7 +35,7 @@ def run(study, tmp_path, monkeypatch, capsys):
             train,
             "--attacks clean pgd-2",
             ("final", "best"),
-            autoattack="--attacks clean pgd-3 --n-examples 30",  # the real one takes minutes
+            strong="--attacks clean pgd-3 --n-examples 30",  # the real one takes minutes
         ),
         study.cells.Cell("tiny-broken-seed0", "--epochs 0", "--attacks clean"),
     ]
@@ -125,6 +126,14 @@ def test_a_study_that_is_told_to_stop_waits_for_its_script(run, study, tmp_path,
     assert [script.poll() is None for script in begun] == [False]
 
 
+@pytest.mark.parametrize("name", ["study", "make_tables", "shrink"])
+def test_a_script_of_results_finds_all_modules_by_itself(name, tmp_path):
+    folder = str(ROOT / "results")  # a shell that runs the script puts only this on the path
+    words = ["-c", f"import sys; sys.path.insert(0, {folder!r}); import {name}"]
+    environ = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    subprocess.run([sys.executable, *words], cwd=tmp_path, env=environ, check=True)
+
+
 def test_a_pattern_that_names_no_cell_is_refused(run):
     assert run("--only", "lnog-*")[0] == 2
 
@@ -138,7 +147,7 @@ def test_every_cell_of_the_study_has_flags_that_its_scripts_take(study):
         assert len({cell.name for cell in cells}) == len(cells)
         for cell in cells:
             options.parse_training(cell.train.split(), "", MIX_KL_CIFAR10.DEFAULTS)
-            for flags in filter(None, (cell.measure, cell.autoattack)):
+            for flags in filter(None, (cell.measure, cell.strong.format("apgd"))):
                 options.parse_measuring(["--model-path", "x", *flags.split()], "")
 
 
