@@ -81,7 +81,7 @@ def cpu() -> list[Cell]:
     cells += [
         Cell(f"long-{method}-seed{seed}", f"{LONG} {METHODS[method]} --seed {seed}",
              f"{PGD_CW} --n-examples 2000", ("final", "best"),
-             strong="--attacks clean {} --n-examples 1000")
+             strong="--attacks clean {} --n-examples 1000 --batch-size 200")
         for methods in (("both", "n_fgsm", "fgsm_rs", "train", "eval0"), ABLATION, ("pgd_at",))
         for seed in range(3) for method in methods
     ]  # fmt: skip
