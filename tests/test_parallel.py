@@ -39,7 +39,8 @@ def together(cwd, *words):
     """Run a script in two processes; return exit status, standard output and standard error."""
     done = subprocess.run(
         [sys.executable, *TORCHRUN, ROOT / words[0], *map(str, words[1:])],
-        cwd=cwd, capture_output=True, text=True, timeout=300,
+        cwd=cwd, env=os.environ | {"OMP_NUM_THREADS": "1"},  # torchrun's own where none is set
+        capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     return done.returncode, done.stdout, done.stderr
 
