@@ -43,7 +43,7 @@ STEEP15_PARTS = (
 )  # fmt: skip
 STEEP15 = f"{STEEP} --epochs 15 --on-collapse stop"  # a dead network is not trained further
 LONG16 = f"{LONG} --measure-every 5 --epsilon 16"
-STRONG = "--attacks clean pgd-50-10 cw-50"
+HEADLINE = "--attacks clean pgd-50-10 cw-50"
 PGD_CW = "--attacks clean pgd-50 cw-50"
 
 
@@ -118,7 +118,7 @@ def gpu() -> list[Cell]:
         Cell(f"gpu-{classes}-{model}-{epochs}-eps{eps}-{method}-seed{seed}",
              f"--model {model} {schedules[epochs]} --epsilon {eps} {METHODS[method]} --seed {seed}",
              f"{PGD_CW} --epsilon {eps} --batch-size 1000 --n-examples 2000", ("final", "best"),
-             classes, f"{STRONG} {{}} --epsilon {eps} --batch-size 1000")
+             classes, f"{HEADLINE} {{}} --epsilon {eps} --batch-size 1000")
         for seed in range(3) for model in ("PreActResNet18", "ResNet18")
         for epochs in ("110", "30") for classes in (10, 100) for eps in (8, 16)
         for method in ("kl1to4", "n_fgsm", "both", "kl", "kl4", "fgsm_rs")
@@ -126,7 +126,7 @@ def gpu() -> list[Cell]:
     return cells + [
         Cell(f"gpu-{classes}-wide-30-eps8-kl1to4-seed0",
              f"{wide} {schedules['30']} {METHODS['kl1to4']}",
-             f"{STRONG} autoattack --batch-size 500", classes=classes)
+             f"{HEADLINE} autoattack --batch-size 500", classes=classes)
         for classes in (10, 100)
     ]  # fmt: skip
 

@@ -182,7 +182,7 @@ def headline() -> list[str]:
                 found = runs.measured([pattern.format(method) for pattern in patterns], file)
                 if found:
                     rows.append(([setting, runs.METHODS[method], epoch], found))
-    for attack, title in {"apgd": "APGD", "autoattack": "AutoAttack"}.items():
+    for attack, title in runs.STRONG.items():
         if any(attack in run.shares for _, found in rows for run in found):
             names[attack] = title
     lines = [

@@ -11,6 +11,7 @@ import record
 
 HERE = Path(__file__).resolve().parent
 EPOCHS = {"final": "last", "best": "best"}  # file of a checkpoint: its epoch
+STRONG = {"apgd": "APGD", "autoattack": "AutoAttack"}  # the second goes on from the first
 METHODS = {
     "mix_kl": "Mixup and KL 4, attack mode train, start `half`",
     "fgsm_rs": "FGSM-RS", "n_fgsm": "N-FGSM", "mixup": "Mixup alone",
@@ -53,7 +54,7 @@ def strong_shares_of(report: Path) -> dict[str, float]:
     """Return the accuracies under AutoAttack and under its first two parts, as far as measured."""
     shares = {}
     for row in json.loads(report.read_text())["attacks"]:
-        if row["attack"] in ("apgd", "autoattack"):
+        if row["attack"] in STRONG:
             shares["apgd"] = 100 * row["standing_after"]["apgd-t"] / row["n"]
             shares[row["attack"]] = 100 * row["accuracy"]
     return shares
@@ -78,7 +79,7 @@ def measured(patterns: Sequence[str], file: str) -> list[Run]:
             path = folder / "report.json"
         if path.exists():
             shares, log = shares_of(path), log_of(folder)
-            for name in ("apgd", "autoattack"):
+            for name in STRONG:
                 more = folder / f"{file}_model-{name}.json"
                 if more.exists():
                     shares |= strong_shares_of(more)

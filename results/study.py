@@ -29,7 +29,6 @@ import checkpoint
 from report import verdict_file
 
 HERE = Path(__file__).resolve().parent
-STRONG = ("apgd", "autoattack")  # the second goes on from what the first has found
 
 
 class OutOfTimeError(Exception):
@@ -81,7 +80,7 @@ def carry_out(cell: cells.Cell, args: argparse.Namespace, deadline: float) -> No
     """
     folder, kept = HERE.parent / args.out_dir / cell.name, args.results_dir / cell.name
     measurements = {"report": cell.measure}
-    if cell.strong and args.until in STRONG:
+    if cell.strong and args.until in runs.STRONG:
         measurements[args.until] = cell.strong.format(args.until)
     reports = {
         kept / f"{file}_model-{kind}.json": (kept / f"{file}_model.pth", flags)
@@ -154,7 +153,7 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, default=Path("cifar-data"))
     parser.add_argument("--device", default="auto")
     parser.add_argument(
-        "--until", choices=["train", "report", *STRONG], default="autoattack",
+        "--until", choices=["train", "report", *runs.STRONG], default="autoattack",
         help="leave what comes after it to another call (default: do all)",
     )  # fmt: skip
     parser.add_argument("--train-flags", default="", help="more flags of every training")
