@@ -1,4 +1,4 @@
-"""What each part of the method changes: cells of the study with it and without, seed by seed."""
+"""What each part of the method changes, and the whole of it: pairs of cells, seed by seed."""
 
 import statistics
 
@@ -15,9 +15,8 @@ PARTS = {  # of the method: the cells with it, and those without it
     "attack mode `both`, on N-FGSM": ("n_both", "n_fgsm"),
     "T = 2 and `both`, on N-FGSM": ("kl0", "n_fgsm"),
     "KL 1, T = 2 and `both`, on N-FGSM": ("kl", "n_fgsm"),
-    "MIX-KL in place of N-FGSM": ("kl1to4", "n_fgsm"),
-    "MIX-KL in place of FGSM-RS": ("kl1to4", "fgsm_rs"),
 }
+RIVALS = {runs.METHODS[name]: ("kl1to4", name) for name in ("n_fgsm", "fgsm_rs", "pgd_at")}
 PLACES = {  # where they are compared: prefix of the cells, checkpoint
     "16/255, slow warm-up": ("steep15", "final"),
     "8/255, long, last": ("long", "final"),
@@ -27,16 +26,21 @@ PLACES = {  # where they are compared: prefix of the cells, checkpoint
 STUDENT = {3: 4.30, 4: 3.18, 5: 2.78}  # 97.5 % quantile of t, by the number of seeds
 
 
-def table() -> list[str]:
-    """Return the table of what each part changes, seed by seed: mean and 95 % interval of it.
+def table(compared: dict[str, tuple[str, str]], head: str, sides: str) -> list[str]:
+    """Return the table of the first method of each pair less the second, seed by seed.
 
-    Student's t over the seeds that neither network lost; of fewer than three, their values.
+    Mean and 95 % interval, Student's t over the seeds that neither network lost; of fewer than
+    three, their values.
+
+    Args:
+        compared: Title of the rows: the two methods.
+        head: What the titles are, and ``sides``: titles of how many seeds either method lost.
     """
     lines = [
-        "| part | setting | clean | PGD-50 | CW-50 | APGD | seeds | collapsed with it | without |",
+        f"| {head} | setting | clean | PGD-50 | CW-50 | APGD | seeds | {sides} |",
         "| --- " * 9 + "|",
     ]
-    for title, methods in PARTS.items():
+    for title, methods in compared.items():
         for setting, (prefix, file) in PLACES.items():
             pairs = []
             for seed in range(5):
@@ -47,6 +51,7 @@ def table() -> list[str]:
             if not pairs:
                 continue
             cells = [title, setting]
+            title = ""  # what stands above is not said again
             for name in ("clean", "pgd-50", "cw-50", "apgd"):  # the last is not measured everywhere
                 known = [pair for pair in alive if all(name in run.shares for run in pair)]
                 cells.append(interval([a.shares[name] - b.shares[name] for a, b in known]))

@@ -165,7 +165,9 @@ def test_the_pairs_of_the_table_of_parts_differ_in_that_part_only(study):
     differing = [{"mixup_alpha"}, *[{"kl_weight"}] * 3, *[temperatures] * 2, *[{"attack_mode"}] * 2]
     methods = {"baseline", "method", "kl_weight", "attack_mode"} | temperatures
     differing += [methods - {"kl_weight"}, methods, methods, methods | {"delta_init", "alpha"}]
-    for (part, (one, other)), keys in zip(parts.PARTS.items(), differing, strict=True):
+    differing.append(methods | {"delta_init", "alpha", "attack_steps"})
+    compared = parts.PARTS | parts.RIVALS
+    for (part, (one, other)), keys in zip(compared.items(), differing, strict=True):
         one, other = flags(one), flags(other)
         assert {key for key in one if one[key] != other[key]} == keys, part
     assert flags("kl1to4") == vars(options.parse_training([], "", MIX_KL_CIFAR10.DEFAULTS))
