@@ -13,6 +13,9 @@ METHODS = {
     "kl1to4": "--kl-weight 1:4",
     "kl4ramp": "--kl-weight 4 --kl-warmup 0.9",
     "kl1to4t1": "--kl-weight 1:4 --temperature 1",
+    "ta1": "--kl-weight 1:4 --attack-temperature 1",
+    "t4": "--kl-weight 1:4 --temperature 4",
+    "t4to1": "--kl-weight 1:4 --temperature 4:1",
     "t1": f"{BOTH} --temperature 1",
     "pgd_at": "--baseline pgd_at",
     "rs_both": "--baseline fgsm_rs --attack-mode both",
@@ -27,7 +30,8 @@ METHODS = {
     "late": f"{BOTH} --attack-mode train --lr-peak 0.4",
 }
 ABLATION = (
-    "mixup", "kl0", "kl", "kl4", "kl1to4", "kl4ramp", "kl1to4t1", "t1", "n_both", "eval1", "paper",
+    "mixup", "kl0", "kl", "kl4", "kl1to4", "kl4ramp", "kl1to4t1", "ta1", "t4", "t4to1", "t1",
+    "n_both", "eval1", "paper",
 )  # fmt: skip
 LONG = "--width 16 --train-images 4000 --epochs 110 --batch-size 64 --measure-every 10"
 SHORT = "--width 16 --epochs 15 --lr-schedule cyclic --lr 0.2 --measure-every 5"
