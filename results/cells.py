@@ -1,6 +1,6 @@
 """The cells of the study: what each trains and how it is measured, the most telling ones first."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 BOTH = "--mixup-alpha 0.2 --kl-weight 1"
 METHODS = {
@@ -49,6 +49,10 @@ STEEP15 = f"{STEEP} --epochs 15 --on-collapse stop"  # a dead network is not tra
 LONG16 = f"{LONG} --measure-every 5 --epsilon 16"
 HEADLINE = "--attacks clean pgd-50-10 cw-50"
 PGD_CW = "--attacks clean pgd-50 cw-50"
+LONGER = {"whole": "--attacks clean cw-50"} | {
+    name: f"--attacks clean {name} --n-examples 1000 --batch-size 200"
+    for name in ("apgd", "autoattack")
+}
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ class Cell:
     measure: str  # flags of the measuring script
     files: tuple[str, ...] = ("final",)  # which checkpoints are measured
     classes: int = 10
-    strong: str = ""  # flags of a second, longer measurement; {} is for apgd or autoattack
+    more: dict[str, str] = field(default_factory=dict)  # longer measurements, and their flags
 
 
 def cpu() -> list[Cell]:
@@ -85,7 +89,7 @@ def cpu() -> list[Cell]:
     cells += [
         Cell(f"long-{method}-seed{seed}", f"{LONG} {METHODS[method]} --seed {seed}",
              f"{PGD_CW} --n-examples 2000", ("final", "best"),
-             strong="--attacks clean {} --n-examples 1000 --batch-size 200")
+             more=LONGER)
         for methods in (("both", "n_fgsm", "fgsm_rs", "train", "eval0"), ABLATION, ("pgd_at",))
         for seed in range(3) for method in methods
     ]  # fmt: skip
@@ -122,7 +126,7 @@ def gpu() -> list[Cell]:
         Cell(f"gpu-{classes}-{model}-{epochs}-eps{eps}-{method}-seed{seed}",
              f"--model {model} {schedules[epochs]} --epsilon {eps} {METHODS[method]} --seed {seed}",
              f"{PGD_CW} --epsilon {eps} --batch-size 1000 --n-examples 2000", ("final", "best"),
-             classes, f"{HEADLINE} {{}} --epsilon {eps} --batch-size 1000")
+             classes, {"autoattack": f"{HEADLINE} autoattack --epsilon {eps} --batch-size 1000"})
         for seed in range(3) for model in ("PreActResNet18", "ResNet18")
         for epochs in ("110", "30") for classes in (10, 100) for eps in (8, 16)
         for method in ("kl1to4", "n_fgsm", "both", "kl", "kl4", "fgsm_rs")

@@ -175,16 +175,14 @@ def mean(found: list[runs.Run], attack: str) -> str:
 
 def headline() -> list[str]:
     """Return the README's first table; accuracies are those of the seeds that did not collapse."""
-    rows, names = [], {"clean": "clean", "pgd-50": "PGD-50", "cw-50": "CW-50"}
+    rows = []
     for setting, (methods, patterns) in SETTINGS.items():
         for method in methods:
             for file, epoch in runs.EPOCHS.items():
                 found = runs.measured([pattern.format(method) for pattern in patterns], file)
                 if found:
                     rows.append(([setting, runs.METHODS[method], epoch], found))
-    for attack, title in runs.STRONG.items():
-        if any(attack in run.shares for _, found in rows for run in found):
-            names[attack] = title
+    names = runs.titles(name for _, found in rows for run in found for name in run.shares)
     lines = [
         f"| setting | method | epoch | {' | '.join(names.values())} | collapsed | minutes |",
         "| --- " * (len(names) + 5) + "|",
@@ -200,7 +198,7 @@ def headline() -> list[str]:
 
 def shipped() -> list[str]:
     """Return the table of the trained networks that lie here, and how good they are."""
-    names = {"clean": "clean", "pgd-50": "PGD-50", "cw-50": "CW-50"}
+    names = {name: runs.ATTACKS[name] for name in ("clean", "pgd-50", "cw-50")}
     lines = [f"| file | network | {' | '.join(names.values())} |", "| --- " * 5 + "|"]
     for folder, what in SHIPPED.items():
         [run] = runs.measured([folder], "final")

@@ -36,10 +36,7 @@ def table(compared: dict[str, tuple[str, str]], head: str, sides: str) -> list[s
         compared: Title of the rows: the two methods.
         head: What the titles are, and ``sides``: titles of how many seeds either method lost.
     """
-    lines = [
-        f"| {head} | setting | clean | PGD-50 | CW-50 | APGD | seeds | {sides} |",
-        "| --- " * 9 + "|",
-    ]
+    rows = []
     for title, methods in compared.items():
         for setting, (prefix, file) in PLACES.items():
             pairs = []
@@ -47,18 +44,27 @@ def table(compared: dict[str, tuple[str, str]], head: str, sides: str) -> list[s
                 both = [runs.measured([f"{prefix}-{m}-seed{seed}"], file) for m in methods]
                 if all(both):
                     pairs.append([run for [run] in both])
-            alive = [pair for pair in pairs if not any(run.collapsed for run in pair)]
-            if not pairs:
-                continue
-            cells = [title, setting]
-            title = ""  # what stands above is not said again
-            for name in ("clean", "pgd-50", "cw-50", "apgd"):  # the last is not measured everywhere
-                known = [pair for pair in alive if all(name in run.shares for run in pair)]
-                cells.append(interval([a.shares[name] - b.shares[name] for a, b in known]))
-            cells.append(str(len(alive)))
-            for side in zip(*pairs, strict=True):
-                cells.append(f"{sum(run.collapsed for run in side)} of {len(side)}")
-            lines.append(f"| {' | '.join(cells)} |")
+            if pairs:
+                rows.append((title, setting, pairs))
+                title = ""  # what stands above is not said again
+    names = runs.titles(
+        name for *_, pairs in rows for one, other in pairs
+        for name in one.shares.keys() & other.shares.keys()
+    )  # fmt: skip
+    lines = [
+        f"| {head} | setting | {' | '.join(names.values())} | seeds | {sides} |",
+        "| --- " * (len(names) + 5) + "|",
+    ]
+    for title, setting, pairs in rows:
+        alive = [pair for pair in pairs if not any(run.collapsed for run in pair)]
+        cells = [title, setting]
+        for name in names:
+            known = [pair for pair in alive if all(name in run.shares for run in pair)]
+            cells.append(interval([a.shares[name] - b.shares[name] for a, b in known]))
+        cells.append(str(len(alive)))
+        for side in zip(*pairs, strict=True):
+            cells.append(f"{sum(run.collapsed for run in side)} of {len(side)}")
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 

@@ -29,6 +29,7 @@ import checkpoint
 from report import verdict_file
 
 HERE = Path(__file__).resolve().parent
+STAGES = ("train", *runs.MEASUREMENTS)
 
 
 class OutOfTimeError(Exception):
@@ -79,12 +80,11 @@ def carry_out(cell: cells.Cell, args: argparse.Namespace, deadline: float) -> No
         CellError: A script failed, or weights are gone that were to be measured.
     """
     folder, kept = HERE.parent / args.out_dir / cell.name, args.results_dir / cell.name
-    measurements = {"report": cell.measure}
-    if cell.strong and args.until in runs.STRONG:
-        measurements[args.until] = cell.strong.format(args.until)
+    measurements = {"report": cell.measure} | cell.more
+    wanted = runs.MEASUREMENTS[: max(1, STAGES.index(args.until))]
     reports = {
-        kept / f"{file}_model-{kind}.json": (kept / f"{file}_model.pth", flags)
-        for kind, flags in measurements.items() for file in cell.files
+        kept / f"{file}_model-{kind}.json": (kept / f"{file}_model.pth", measurements[kind])
+        for kind in wanted if kind in measurements for file in cell.files
     }  # fmt: skip
     if all(report.exists() for report in reports):
         return  # done, even where the weights were thought not worth keeping
@@ -153,7 +153,7 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, default=Path("cifar-data"))
     parser.add_argument("--device", default="auto")
     parser.add_argument(
-        "--until", choices=["train", "report", *runs.STRONG], default="autoattack",
+        "--until", choices=STAGES, default=STAGES[-1],
         help="leave what comes after it to another call (default: do all)",
     )  # fmt: skip
     parser.add_argument("--train-flags", default="", help="more flags of every training")

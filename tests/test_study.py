@@ -1,5 +1,6 @@
 """The study: cut off by its budget and gone on with, each cell is done once and kept whole."""
 
+import argparse
 import importlib.util
 import json
 import os
@@ -35,7 +36,7 @@ def run(study, tmp_path, monkeypatch, capsys):
             train,
             "--attacks clean pgd-2",
             ("final", "best"),
-            strong="--attacks clean pgd-3 --n-examples 30",  # the real one takes minutes
+            more={"autoattack": "--attacks clean pgd-3 --n-examples 30"},  # the real takes minutes
         ),
         study.cells.Cell("tiny-broken-seed0", "--epochs 0", "--attacks clean"),
     ]
@@ -112,6 +113,28 @@ def test_a_study_that_is_cut_off_goes_on_and_keeps_each_cell_once(
     assert status == 0 and {path: path.stat().st_mtime_ns for path in kept.iterdir()} == before
 
 
+def test_a_stage_of_a_cell_includes_those_before_it(study, tmp_path, monkeypatch):
+    more = {"whole": "--attacks cw-50", "autoattack": "--attacks autoattack"}
+    cell, asked = study.cells.Cell("one", "", "--attacks pgd-50", more=more), []
+    kept = tmp_path / "kept" / "one"
+    kept.mkdir(parents=True)
+    (kept / "final_model.pth").touch()
+
+    def call(words, log, deadline):
+        asked.append(words[words.index("--attacks") + 1])
+        (tmp_path / "out" / "one" / "one-final_model-report.json").touch()
+
+    monkeypatch.setattr(study, "call", call)
+    places = dict(out_dir=tmp_path / "out", results_dir=tmp_path / "kept", data_dir=tmp_path)
+    for until, attacks in (
+        ("train", []), ("report", ["pgd-50"]), ("apgd", ["cw-50"]), ("autoattack", ["autoattack"])
+    ):  # fmt: skip
+        args = argparse.Namespace(until=until, device="cpu", measure_flags="", **places)
+        study.carry_out(cell, args, deadline=0)
+        assert asked == attacks
+        asked.clear()
+
+
 @pytest.mark.slow
 def test_a_study_that_is_told_to_stop_waits_for_its_script(run, study, tmp_path, monkeypatch):
     begun, popen = [], study.subprocess.Popen
@@ -147,7 +170,8 @@ def test_every_cell_of_the_study_has_flags_that_its_scripts_take(study):
         assert len({cell.name for cell in cells}) == len(cells)
         for cell in cells:
             options.parse_training(cell.train.split(), "", MIX_KL_CIFAR10.DEFAULTS)
-            for flags in filter(None, (cell.measure, cell.strong.format("apgd"))):
+            assert cell.more.keys() <= set(study.runs.MEASUREMENTS[1:])
+            for flags in (cell.measure, *cell.more.values()):
                 options.parse_measuring(["--model-path", "x", *flags.split()], "")
 
 
