@@ -113,7 +113,7 @@ def fallen_in_parts(
     except torch.OutOfMemoryError:
         if len(x) == 1:
             raise
-    print(f"note: out of GPU memory; {part} goes on with {len(x) // 2} images at a time")
+    parallel.say(f"note: out of GPU memory; {part} goes on with {len(x) // 2} images at a time")
     halves = zip(x.tensor_split(2), y.tensor_split(2), strict=True)
     return torch.cat([fallen_in_parts(model, *half, part, version, **settings) for half in halves])
 
@@ -167,7 +167,7 @@ def attack(
         batch_size: Images at a time.
         seed: Of the library.
         folder: Where the journal lies, from which an interrupted run goes on, and ``autoattack``
-            after ``apgd``; None for no journal.
+            after any of its parts; None for no journal.
         progress: Whether to show a bar.
     """
     version, parts = VERSIONS[name]
@@ -196,7 +196,7 @@ def attack(
             seconds, passes = seconds + entry["seconds"], passes + entry["passes"]
         standing = parallel.minimum_(after).bool()
         counts[part] = int(standing.sum())
-    done_with = None if name == "apgd" else journal.path  # autoattack goes on from that of apgd
+    done_with = journal.path if "autoattack" in name else None  # it goes on from that of its parts
     return Outcome(standing, counts, seconds, passes, title, done_with)
 
 

@@ -16,6 +16,7 @@ GAP = 0.06  # more than this between CE-PGD and CW or AutoAttack is no ordinary 
 NOISE = 0.02  # an accuracy that rises by less says nothing
 SCALES = tuple(2.0**k for k in range(-12, 13))  # of the logits, among which the best is sought
 FITTING = 4  # honest networks that were seen lie within this factor of the best
+STRONG = ("cw", "autoattack", "apgd", "fab")  # what PGD on cross-entropy is held to
 ENOUGH = 20  # images; shares of fewer say nothing
 LARGE = 64 / 255  # a perturbation in which any image can be changed beyond recognition
 
@@ -40,10 +41,12 @@ def of_the_network(
         found = [
             _non_finite(logits, perturbed), _probabilities(logits), _random(logits, again),
         ]  # fmt: skip
-        if len(y) >= ENOUGH:
-            found += [_near_chance(logits, y), _below_record(logits, y, recorded)]
-        scale = _fitted_scale(logits, y)
         right = ~attacks.fooled(logits, y)
+        if len(y) >= ENOUGH:
+            accuracy = right.double().mean().item()
+            found.append(_near_chance(accuracy, logits.shape[1], len(y)))
+            found.append(_below_record(accuracy, recorded, len(y)))
+        scale = _fitted_scale(logits, y)
         if right.sum() >= ENOUGH and not any(found[:2]):
             x, y = x[right], y[right]
             found.append(_zero_gradients(model, x, y))
@@ -100,9 +103,8 @@ def _random(logits: Tensor, again: Tensor) -> str | None:
     return None
 
 
-def _near_chance(logits: Tensor, y: Tensor) -> str | None:
-    chance, n = 1 / logits.shape[1], len(y)
-    accuracy = (~attacks.fooled(logits, y)).double().mean().item()
+def _near_chance(accuracy: float, classes: int, n: int) -> str | None:
+    chance = 1 / classes
     if accuracy < chance + 3 * (chance * (1 - chance) / n) ** 0.5:
         return (
             f"clean accuracy {accuracy:.1%} is chance ({chance:.1%}). Usually untrained or wrong "
@@ -111,11 +113,10 @@ def _near_chance(logits: Tensor, y: Tensor) -> str | None:
     return None
 
 
-def _below_record(logits: Tensor, y: Tensor, recorded: float | None) -> str | None:
-    accuracy = (~attacks.fooled(logits, y)).double().mean().item()
+def _below_record(accuracy: float, recorded: float | None, n: int) -> str | None:
     if recorded is None:
         return None
-    error = (max(0, recorded * (1 - recorded)) / len(y)) ** 0.5  # the standard error
+    error = (max(0, recorded * (1 - recorded)) / n) ** 0.5  # the standard error
     if accuracy < recorded - 0.1 - 3 * error:
         return (
             f"clean accuracy {accuracy:.1%} is far below the {recorded:.1%} that the training "
@@ -200,9 +201,7 @@ def of_the_rows(rows: list[dict[str, object]]) -> list[str]:
     pgd = [
         row["accuracy"] for row in rows if row["attack"].startswith("pgd") and not _too_short(row)
     ]
-    strong = {
-        name: value for name, value in accuracy.items() if name.startswith(("cw", "autoattack"))
-    }
+    strong = {name: value for name, value in accuracy.items() if name.startswith(STRONG)}
     found = []
     if pgd and strong:
         name, least = min(strong.items(), key=lambda item: item[1])
@@ -216,20 +215,18 @@ def of_the_rows(rows: list[dict[str, object]]) -> list[str]:
             f"FGSM leaves {accuracy['fgsm']:.1%}, less than PGD ({min(pgd):.1%}). Usually "
             "masked gradients: one step should not beat many"
         )
-    found += _black_box(rows, accuracy, pgd)
-    return found
-
-
-def _black_box(
-    rows: list[dict[str, object]], accuracy: dict[str, float], pgd: list[float]
-) -> list[str]:
-    found = []
     for name in ("transfer", "square"):
         if pgd and accuracy.get(name, 1.0) < min(pgd) - NOISE:
             found.append(
                 f"{name}, which sees no gradient, leaves {accuracy[name]:.1%}, less than PGD "
                 f"({min(pgd):.1%}). Usually masked gradients"
             )
+    return found
+
+
+def of_the_parts(rows: list[dict[str, object]]) -> list[str]:
+    """Return a warning where the last resort of AutoAttack still finds something."""
+    found = []
     for row in rows:
         for (_, before), (part, after) in pairwise(row.get("standing_after", {}).items()):
             if part == "square" and before - after > 0.002 * row["n"]:

@@ -19,6 +19,7 @@ import parallel
 T = TypeVar("T")
 STEP = 2 / 255  # alpha of PGD and CW, a pixel fraction
 LOSSES = {"pgd": attacks.cross_entropy_loss, "cw": attacks.margin_loss}
+RESTART = 1_000_003  # between the seeds of two restarts: those of neighbouring seeds differ, too
 SINGLE = ("clean", "fgsm", "fgsm-rs", "transfer")
 
 
@@ -121,10 +122,17 @@ def within_memory(
 def uniform_starts(x: Tensor, epsilon: float, seed: int) -> Tensor:
     """Return the uniform starts of all images, on the CPU.
 
-    An image's start depends on its place and the seed, on no batch size, device or other verdict.
+    An image's start depends on its place, the seed and the order of x in memory, on no batch size,
+    device or other verdict.
     """
     generator = torch.Generator().manual_seed(seed)
     return attacks.start_point(x.cpu(), "uniform", epsilon, generator)
+
+
+def settled(verdict: Tensor) -> Tensor:
+    """Return a verdict once a GPU has found it; before that its seconds would be of the launch."""
+    verdict.any().item()
+    return verdict
 
 
 def standing_images(
@@ -141,7 +149,7 @@ def standing_images(
     mine = parallel.share(torch.arange(len(y), device=y.device))
     clean = torch.ones_like(y)
     clean[mine] = within_memory(settings, partial(attacks.standing, model, x[mine], y[mine])).long()
-    upright = parallel.minimum_(clean).bool()
+    upright = settled(parallel.minimum_(clean).bool())
     found = {Attack("clean"): Outcome(upright, time.perf_counter() - began, len(y))}
     for family in dict.fromkeys(attack.family for attack in chosen if attack.family != "clean"):
         members = [attack for attack in chosen if attack.family == family]
@@ -175,7 +183,8 @@ def by_ascent(
         if runs:
             fell = torch.stack([run.first_fooled for run in runs]).amin(0)
             todo = upright & (fell > min(waiting))
-        starts = x if family == "fgsm" else uniform_starts(x, epsilon, settings.seed + restart)
+        seed = settings.seed + RESTART * restart
+        starts = x if family == "fgsm" else uniform_starts(x, epsilon, seed)
         mine = parallel.share(todo.nonzero().squeeze(1))
         hidden = None if settings.progress and not parallel.rank() else True
         name = Attack(family, max(waiting)).name + f" {restart + 1}" * bool(restart)
@@ -227,7 +236,7 @@ def transferred(
             standing[index] = attacks.standing(model, images, y[index], size).long()
 
     within_memory(settings, work)
-    standing = parallel.minimum_(standing).bool()
+    standing = settled(parallel.minimum_(standing).bool())
     return Outcome(standing, time.perf_counter() - began, int(upright.sum()))
 
 

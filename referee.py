@@ -124,16 +124,16 @@ def measure(
                 measured["warnings"] = warnings(model, x, y, measured, args.cascade)
                 if reports:
                     measured["warnings"] += rises(reports[-1][1], measured)
-                print(f"eps {255 * epsilon:g}/255\n{report.table(measured)}")
                 suffix = f"-eps{255 * epsilon:g}" if len(sizes) > 1 else ""
                 path = report.write(measured, verdicts, y, args.out_dir, f"{stem}{suffix}-report")
-                print(f"report: {path}")
+                parallel.say(f"eps {255 * epsilon:g}/255\n{report.table(measured)}")
+                parallel.say(f"report: {path}")
                 reports.append((path, measured))
     for journal in journals:  # each process has its own; an interrupted sweep needs those of all
         journal.unlink(missing_ok=True)
     if len(reports) > 1:
         path = report.free(args.out_dir / f"{stem}-sweep.png")
-        print(sweep([measured for _, measured in reports], path))
+        parallel.say(sweep([measured for _, measured in reports], path))
     return min(reports, key=lambda r: abs(255 * r[1]["epsilon"] - args.epsilon), default=None)
 
 
@@ -145,7 +145,7 @@ def stem_of(path: Path) -> str:
 def warnings(
     model: nn.Module, x: Tensor, y: Tensor, measured: dict[str, object], cascade: bool
 ) -> list[str]:
-    """Return all warnings about one report; accuracies of a cascade cannot be compared."""
+    """Return all warnings about one report; attacks of a cascade cannot be compared."""
     rows = measured["attacks"]
     epsilon = max(measured["epsilon"], 1 / 255)
     found = evaluation.within_memory(
@@ -154,7 +154,7 @@ def warnings(
             model, x[:size], y[:size], epsilon=epsilon, recorded=measured["recorded_clean"]
         ),
     )
-    found += checks.of_the_steps(rows)
+    found += checks.of_the_steps(rows) + checks.of_the_parts(rows)
     return found if cascade else found + checks.of_the_rows(rows)
 
 
@@ -196,8 +196,10 @@ def extras(
     written, found = measured
     if args.export:
         if "autoattack" not in {row["attack"] for row in found["attacks"]}:
-            print("note: --export: no autoattack_acc in the claim; add autoattack to --attacks")
-        print(f"export: {export.write(args.export, model, found['model'], network, found)}")
+            note = "no autoattack_acc in the claim; add autoattack to --attacks"
+            parallel.say(f"note: --export: {note}")
+        path = export.write(args.export, model, found["model"], network, found)
+        parallel.say(f"export: {path}")
     if args.pictures:
         epsilon = found["epsilon"]
         drawn = {
@@ -209,4 +211,4 @@ def extras(
             path = written.with_name(name.join(written.stem.rsplit("report", 1)) + ".png")
             with torch.random.fork_rng(devices=[]):
                 draw(path)
-            print(f"{name}: {path}")
+            parallel.say(f"{name}: {path}")

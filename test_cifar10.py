@@ -28,7 +28,7 @@ def main(argv: list[str]) -> None:
     """Parse the flags, join the other processes if there are any, measure."""
     args = options.parse_measuring(argv, __doc__)
     if args.compare:
-        print(report.compared(args.compare))
+        parallel.say(report.compared(args.compare))
         return
     args.attacks = [evaluation.parse_attack(name).name for name in args.attacks]
     args.model = args.model and canonical_name(args.model)
@@ -57,9 +57,11 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
         dataset = data.load(DATASET, NUM_CLASSES, args.data_dir, args.synthetic)
     images = dataset.test.first(args.n_examples, "--n-examples").to(device)
     facts |= {"dataset": dataset.name, "origin": dataset.origin, "test_images": len(dataset.test)}
-    print(f"{args.model_path}: {facts['model']}, {facts['weights']} weights, trained on "
-          f"{facts['trained_on']}\n{len(images):,} of {len(dataset.test):,} test images of "
-          f"{dataset.name} ({dataset.origin}), {parallel.size()} x {device.type}")  # fmt: skip
+    parallel.say(
+        f"{args.model_path}: {facts['model']}, {facts['weights']} weights, trained on "
+        f"{facts['trained_on']}\n{len(images):,} of {len(dataset.test):,} test images of "
+        f"{dataset.name} ({dataset.origin}), {parallel.size()} x {device.type}"
+    )
 
     # From here on sizes are pixel fractions: this is the only place that divides by 255.
     sizes = [size / 255 for size in values.distinct(args.eps or [args.epsilon])]

@@ -28,7 +28,7 @@ def main():
     utils.keep_freed_memory()  # as the training scripts do
     pixels = torch.randint(256, (4 * args.batch_size, 32, 32, 3), dtype=torch.uint8)
     images = data.Images(pixels, torch.zeros(len(pixels), dtype=torch.int64))
-    batches = data.TrainingBatches(images.to(torch.device(args.device)), args.batch_size)
+    batches = data.TrainingBatches(images.to(utils.pick_device(args.device)), args.batch_size)
     order = batches.shuffled(np.random.default_rng(0))
     each = transforms.Compose([
         transforms.ToPILImage(), transforms.RandomCrop(32, 4), transforms.RandomHorizontalFlip(),

@@ -8,17 +8,18 @@ the same points and decide by the same rule, so the verdicts must be equal, imag
 """
 
 import argparse
-import time
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from timing import Flops, parser, show
+from timing import Flops, interleaved, parser, show
 
 import attacks
 import checkpoint
 import data
 import evaluation
+import utils
 from models import build_model
 
 EPS, ALPHA = 8 / 255, 2 / 255
@@ -28,7 +29,7 @@ def plain(model, x, y, *, steps, restarts, batch_size):
     """Return (N,) which images stand after PGD as fast_adversarial runs it."""
     fell = torch.zeros_like(y, dtype=torch.bool)
     for restart in range(restarts):
-        starts = evaluation.uniform_starts(x, EPS, restart)
+        starts = evaluation.uniform_starts(x, EPS, evaluation.RESTART * restart)
         for index in torch.arange(len(y)).split(batch_size):
             images, labels, adv = x[index], y[index], starts[index].to(x.device)
             for step in range(steps + 1):
@@ -49,7 +50,7 @@ def plain(model, x, y, *, steps, restarts, batch_size):
 
 def main():
     """Time both, count both, compare the verdicts and print the table."""
-    made = parser(__doc__)
+    made = parser(__doc__, rounds=1)
     made.add_argument("--model_path", type=Path, required=True)
     made.add_argument("--data-dir", type=Path, default=Path("cifar-data"))
     made.add_argument("--synthetic", action="store_true", help="use the built-in synthetic images")
@@ -57,41 +58,47 @@ def main():
     made.add_argument("--attack", default="pgd-50-10")
     made.add_argument("--batch-size", type=int, default=128)
     args = made.parse_args()
+    attack = evaluation.parse_attack(args.attack)
+    if attack.family != "pgd":
+        made.error(f"--attack {args.attack}: the plain loop is PGD, as pgd-50-10")
+    utils.keep_freed_memory()  # as the measuring scripts do
+    device = utils.pick_device(args.device)
     saved = checkpoint.load(args.model_path)
     classes = saved["num_classes"]
     given = argparse.Namespace(model=None, width=None, transfer_from=None)
     name, network = checkpoint.architecture(saved, args.model_path, given, classes, {})
     dataset = data.load(f"cifar{classes}", classes, args.data_dir, args.synthetic)
-    images = dataset.test.first(args.n_examples, "--n-examples").to(torch.device(args.device))
-    x, y, attack = images.as_float(), images.labels, evaluation.parse_attack(args.attack)
+    images = dataset.test.first(args.n_examples, "--n-examples").to(device)
+    x, y = images.as_float(), images.labels
 
-    def ours():
+    def ours(model):
         settings = evaluation.Settings(epsilon=EPS, batch_size=args.batch_size, seed=0)
         return evaluation.standing_images(model, x, y, [attack], settings)[attack].standing
 
-    def theirs():
+    def theirs(model):
         settings = dict(steps=attack.steps, restarts=attack.restarts, batch_size=args.batch_size)
-        return plain(model, x, y, **settings)
+        with attacks.measuring(model, x):  # in the precision of ours
+            return plain(model, x, y, **settings)
 
-    rows, verdicts = [], {}
+    evaluations = {}
     for title, run, layout in (
         ("plain loop, NCHW", theirs, torch.contiguous_format),
         ("ours", ours, torch.channels_last),
     ):
         model = build_model(name, **network)
         weights = checkpoint.load_weights(model, saved, None, args.model_path)
-        model = model.eval().to(args.device, memory_format=layout)
-        began = time.perf_counter()
-        verdicts[title] = run()
-        seconds = time.perf_counter() - began
+        evaluations[title] = partial(run, model.eval().to(device, memory_format=layout))
+    seconds = interleaved(evaluations, args.rounds, args.device)
+    rows, verdicts = [], []
+    for title, run in evaluations.items():
         with Flops() as flops:
-            run()
-        rows.append({"evaluation": title, "seconds": seconds, "TFLOP": flops.total / 1e12,
-                     "standing": int(verdicts[title].sum())})  # fmt: skip
+            verdicts.append(run())
+        rows.append({"evaluation": title, "seconds": seconds[title], "TFLOP": flops.total / 1e12,
+                     "standing": int(verdicts[-1].sum())})  # fmt: skip
     for row in rows:
         row["x faster"] = rows[0]["seconds"] / row["seconds"]
         row["x fewer FLOPs"] = rows[0]["TFLOP"] / row["TFLOP"]
-    first, second = verdicts.values()
+    first, second = verdicts
     show(f"{attack.name} on {len(y)} images, {name}, {weights} weights", rows, args)
     print(f"verdicts that differ: {int((first != second).sum())} of {len(y)}")
 

@@ -10,7 +10,6 @@ images, from the median of a few of them.
 import tempfile
 from pathlib import Path
 
-import torch
 from step_speed import mix_kl, random_images
 from timing import interleaved, parser, show
 
@@ -41,7 +40,7 @@ def main():
     made.add_argument("--batch-size", type=int, default=128)
     made.add_argument("--out-dir", type=Path, default=Path(), help="on which disk to save")
     given = made.parse_args()
-    device = torch.device(given.device)
+    device = utils.pick_device(given.device)
     words = ["--width", str(given.width), "--batch-size", str(given.batch_size), "--lr", "0.01"]
     args = options.parse_training(words, "doc", {})
     args.num_classes, args.dtype = 10, utils.pick_precision("auto", device)

@@ -48,7 +48,7 @@ def main():
     made.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto")
     args = made.parse_args()
     utils.keep_freed_memory()  # as the training scripts do
-    device, count = torch.device(args.device), args.batch_size
+    device, count = utils.pick_device(args.device), args.batch_size
     dtype = utils.pick_precision(args.precision, device)
     images = random_images(count, device)
     model = build_model(args.model, num_classes=10, width=args.width).train().to(device)

@@ -111,7 +111,7 @@ def main():
     made.add_argument("--width", type=int)
     made.add_argument("--batch-size", type=int, default=128)
     args = made.parse_args()
-    device, count = torch.device(args.device), args.batch_size
+    device, count = utils.pick_device(args.device), args.batch_size
     images = random_images(count, device)
     x, y = images.as_float().contiguous(), images.labels
 

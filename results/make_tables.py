@@ -55,7 +55,7 @@ def short() -> list[str]:
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for data in ("cifar10", "cifar100"):
-        for method, title in runs.METHODS.items():
+        for method, title in runs.TITLES.items():
             folder = runs.HERE / f"{data}-{method}"
             if not folder.exists():
                 continue
@@ -133,7 +133,7 @@ def outcome() -> list[str]:
     return lines
 
 
-def study(prefix: str, titles: dict[str, str] = runs.METHODS) -> list[str]:
+def study(prefix: str, titles: dict[str, str] = runs.TITLES) -> list[str]:
     """Return the table of the cells of ``study.py`` whose names begin with ``prefix``.
 
     Accuracies in percent, mean and standard deviation over the seeds that did not collapse.
@@ -181,7 +181,7 @@ def headline() -> list[str]:
             for file, epoch in runs.EPOCHS.items():
                 found = runs.measured([pattern.format(method) for pattern in patterns], file)
                 if found:
-                    rows.append(([setting, runs.METHODS[method], epoch], found))
+                    rows.append(([setting, runs.TITLES[method], epoch], found))
     names = runs.titles(name for _, found in rows for run in found for name in run.shares)
     lines = [
         f"| setting | method | epoch | {' | '.join(names.values())} | collapsed | minutes |",
@@ -210,7 +210,7 @@ def shipped() -> list[str]:
 def preset() -> list[str]:
     """Return the table of ``--preset fast`` beside the runs of 15 epochs."""
     late = "Mixup and KL 1, attack mode train, peak at 0.4"
-    slow = study("short", runs.METHODS | {"late": late})
+    slow = study("short", runs.TITLES | {"late": late})
     return [*slow, *study("fast", {"preset": "`--preset fast`"})[2:]]
 
 
@@ -275,7 +275,7 @@ def collapse(path: Path) -> None:
     both = figure.subplots(1, 2, sharey=True)
     for axes, (prefix, title) in zip(both, settings.items(), strict=True):
         for method, color in LINES.items():
-            label = runs.METHODS[method]
+            label = runs.TITLES[method]
             for folder in sorted(runs.HERE.glob(f"{prefix}-{method}-seed*")):
                 rows = [row for row in runs.log_of(folder) if row["pgd10_acc"]]
                 epochs = [int(row["epoch"]) for row in rows]

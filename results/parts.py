@@ -16,7 +16,7 @@ PARTS = {  # of the method: the cells with it, and those without it
     "T = 2 and `both`, on N-FGSM": ("kl0", "n_fgsm"),
     "KL 1, T = 2 and `both`, on N-FGSM": ("kl", "n_fgsm"),
 }
-RIVALS = {runs.METHODS[name]: ("kl1to4", name) for name in ("n_fgsm", "fgsm_rs", "pgd_at")}
+RIVALS = {runs.TITLES[name]: ("kl1to4", name) for name in ("n_fgsm", "fgsm_rs", "pgd_at")}
 PLACES = {  # where they are compared: prefix of the cells, checkpoint
     "16/255, slow warm-up": ("steep15", "final"),
     "8/255, long, last": ("long", "final"),

@@ -19,7 +19,7 @@ ATTACKS = {  # columns of the tables, and their titles
     "clean": "clean", "pgd-50": "PGD-50", "cw-50": "CW-50", "rest": "CW-50, rest",
     "apgd": "APGD", "autoattack": "AutoAttack",
 }  # fmt: skip
-METHODS = {
+TITLES = {
     "mix_kl": "Mixup and KL 4, attack mode train, start `half`",
     "fgsm_rs": "FGSM-RS", "n_fgsm": "N-FGSM", "mixup": "Mixup alone",
     "kl1to4": "MIX-KL", "kl1to4t1": "MIX-KL, T 1", "ta1": "MIX-KL, T 1 in the attack",
@@ -43,13 +43,14 @@ def log_of(folder: Path) -> list[dict[str, str]]:
 
 
 def best_is_last(folder: Path) -> bool:
-    """Return whether the best measured epoch of a run is its last one."""
+    """Return whether a run's best file holds what its last one does: its averaged last epoch."""
     columns, scores = ("pgd10_acc", "ema_pgd10_acc"), []
     for row in log_of(folder):
         if row["pgd10_acc"]:
-            found = record.score({key: float(row[key]) for key in columns if row.get(key)})
-            scores.append(-1.0 if row["collapse"] == "1" else found)
-    return scores[-1] > max(scores[:-1], default=-1.0)
+            known = {key: float(row[key]) for key in columns if row.get(key)}
+            scores.append(-1.0 if row["collapse"] == "1" else record.score(known))
+    averaged = known.get("ema_pgd10_acc", 1.0) >= known["pgd10_acc"]  # 1.0: there is no average
+    return averaged and scores[-1] > max(scores[:-1], default=-1.0)
 
 
 def shares_of(report: Path) -> dict[str, float]:

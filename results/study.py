@@ -91,6 +91,8 @@ def carry_out(cell: cells.Cell, args: argparse.Namespace, deadline: float) -> No
     folder.mkdir(parents=True, exist_ok=True)
     shared = ["--data-dir", str(args.data_dir), "--device", args.device]
     if not (kept / "final_model.pth").exists():
+        if (kept / "log.csv").exists():  # another training would not be the one of the reports
+            raise CellError(f"is not measured, and the weights are gone: {kept}")
         train = [*shlex.split(cell.train), *shlex.split(args.train_flags)]
         words = [f"MIX_KL_CIFAR{cell.classes}.py", *train, "--run-name", cell.name, "--resume"]
         words += ["--out-dir", str(args.out_dir), *shared]

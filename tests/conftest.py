@@ -140,6 +140,16 @@ def write_archive(folder, num_classes, train=400, test=40, seed=0):
     return folder
 
 
+def label_as_predicted(folder, model):
+    """Give the test images of CIFAR-10 the labels that a model predicts, so that most are right."""
+    path = folder / "cifar-10-batches-py" / "test_batch"
+    record = pickle.loads(path.read_bytes())
+    pixels = torch.from_numpy(record["data"]).view(-1, 3, 32, 32)
+    with torch.no_grad():
+        record["labels"] = model(pixels / 255).argmax(1).tolist()
+    path.write_bytes(pickle.dumps(record, protocol=2))
+
+
 @pytest.fixture
 def script(monkeypatch, capsys):
     """Call a script's main through ``options.run``: returns (exit status, stdout, stderr)."""

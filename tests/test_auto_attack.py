@@ -153,7 +153,7 @@ def test_a_killed_run_goes_on_where_it_was(case, tmp_path, monkeypatch):
     resumed = ours(*case, "apgd-ce", folder=tmp_path)
     assert len(calls) == 2 + 2  # three batches: one from the journal, two run
     assert torch.equal(resumed.standing, whole.standing) and resumed.parts == whole.parts
-    assert resumed.passes == whole.passes and resumed.journal == journal
+    assert resumed.passes == whole.passes and journal.exists()  # autoattack can go on from it
     ours(*case, "apgd-ce", folder=tmp_path, seed=4)  # other settings have a journal of their own
     model, x, y = case
     upright = attacks.standing(model, x, y, 100)
@@ -175,11 +175,11 @@ def test_autoattack_goes_on_from_its_first_two_parts(case, tmp_path, monkeypatch
     monkeypatch.setattr(auto_attack, "fallen", fells_a_quarter)
     whole = ours(*case, "autoattack")
     assert len(set(whole.parts.values())) == 3
-    assert ours(*case, "apgd-ce", folder=tmp_path).journal is not None
+    assert ours(*case, "apgd-ce", folder=tmp_path).journal is None
     half = ours(*case, "apgd", folder=tmp_path)
     assert half.journal is None and list(half.parts) == ["apgd-ce", "apgd-t"]
     alone = ours(*case, "apgd-t", folder=tmp_path)  # on the images that apgd-ce had felled, too
-    assert torch.equal(alone.standing, ours(*case, "apgd-t").standing)
+    assert torch.equal(alone.standing, ours(*case, "apgd-t").standing) and alone.journal is None
     run.clear()
     resumed = ours(*case, "autoattack", folder=tmp_path)
     assert set(run) == {"fab-t", "square"}

@@ -32,7 +32,7 @@ def plain_loop(model, x, y, steps, loss, restarts=1, seed=0):
     with torch.no_grad():
         fell = attacks.fooled(model(x), y)
     for restart in range(restarts):
-        generator = torch.Generator().manual_seed(seed + restart)
+        generator = torch.Generator().manual_seed(seed + 1_000_003 * restart)
         adv = attacks.start_point(x, "uniform", EPS, generator)
         for step in range(steps + 1):
             with torch.no_grad():
@@ -115,7 +115,7 @@ def test_one_success_in_any_restart_is_enough(fitted):
     class WrongNear(nn.Module):
         def __init__(self, restart):
             super().__init__()
-            self.start = evaluation.uniform_starts(x, EPS, restart)
+            self.start = evaluation.uniform_starts(x, EPS, evaluation.RESTART * restart)
 
         def forward(self, images):
             near = ((images[:, None] - self.start[None]).abs().amax((2, 3, 4)) < 1e-6).any(1)

@@ -405,6 +405,21 @@ def silenced(place):
         loads(place.folder / "output" / f"new{number}")
 
 
+@row("F13 the same while measuring: the report is written")
+def measured_in_silence(place):
+    for number, path in enumerate(("/dev/full", "pipe")):
+        if path == "pipe":
+            reader, writer = os.pipe()
+            os.close(reader)
+        else:
+            writer = os.open(path, os.O_WRONLY)
+        words = ["--model_path", place.run / "final_model.pth", "--out_dir", f"told{number}"]
+        process = place.measure(*words, stdout=writer)
+        os.close(writer)
+        assert ended(process, 0) == (None, "")
+        assert list((place.folder / f"told{number}").glob("*report.json"))
+
+
 @row("F14 read-only folder")
 def read_only(place):
     with disk(place.folder / "disk", "20m") as folder:

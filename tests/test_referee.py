@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 import re
 import signal
 import subprocess
@@ -13,7 +12,7 @@ from argparse import Namespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, write_archive
+from conftest import ROOT, label_as_predicted, write_archive
 
 import attacks
 import auto_attack
@@ -355,7 +354,7 @@ def test_the_journals_of_a_sweep_live_until_its_last_size_is_reported(case, scri
 @pytest.mark.slow
 def test_a_measurement_killed_at_random_ends_in_the_report_of_an_uninterrupted_one(case):
     pytest.importorskip("pyautoattack", reason="pip install -r requirements-eval.txt")
-    label_as_predicted(case)
+    label_as_predicted(case, random_network().eval())
     words = (
         f"{ROOT}/test_cifar10.py --model_path model.pth --data-dir . --n-examples 12 --epsilon 1"
     )
@@ -389,19 +388,7 @@ def test_a_measurement_killed_at_random_ends_in_the_report_of_an_uninterrupted_o
         for row in shown["attacks"]:
             row.pop("seconds")
     assert found[0] == found[1]
-    assert not list((case / "out").glob(".*.json"))  # the journals are gone
-
-
-def label_as_predicted(folder):
-    """Give the test images the labels that the random network predicts, so that most are right."""
-    path = folder / "cifar-10-batches-py" / "test_batch"
-    record = pickle.loads(path.read_bytes())
-    images = data.Images(
-        torch.from_numpy(record["data"]).view(-1, 3, 32, 32).permute(0, 2, 3, 1), None
-    )
-    with torch.no_grad():
-        record["labels"] = random_network().eval()(images.as_float()).argmax(1).tolist()
-    path.write_bytes(pickle.dumps(record, protocol=2))
+    assert len(list((case / "out").glob(".*.json"))) == 1  # autoattack could go on from it
 
 
 def journal_size(folder):

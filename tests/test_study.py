@@ -83,9 +83,7 @@ def test_a_study_that_is_cut_off_goes_on_and_keeps_each_cell_once(
     monkeypatch.setattr(study.runs, "log_of", lambda folder: rows)
     assert "weights are gone" in run("--only", "*mix_kl*")[1]
     assert not (kept / "best_model-report.json").exists()
-    rows[2] |= {"ema_pgd10_acc": "0.4", "collapse": "1"}  # the average hides it: no best epoch
-    assert not study.runs.best_is_last(kept)
-    rows[2]["collapse"] = "0"
+    rows[2]["ema_pgd10_acc"] = "0.4"
     shutil.rmtree(folder)  # another machine measures what this one has trained
 
     status, out = run()
@@ -113,12 +111,25 @@ def test_a_study_that_is_cut_off_goes_on_and_keeps_each_cell_once(
     assert status == 0 and {path: path.stat().st_mtime_ns for path in kept.iterdir()} == before
 
 
+@pytest.mark.parametrize("last, expected", [
+    (dict(pgd10_acc="0.2", ema_pgd10_acc="0.4"), True),
+    (dict(pgd10_acc="0.2", ema_pgd10_acc="0.3"), False),  # no better than before
+    (dict(pgd10_acc="0.2", ema_pgd10_acc="0.4", collapse="1"), False),  # the average hides it
+    (dict(pgd10_acc="0.5", ema_pgd10_acc="0.4"), False),  # the best file holds the raw weights
+    (dict(pgd10_acc="0.5", ema_pgd10_acc=""), True),  # there is no average
+])  # fmt: skip
+def test_the_best_file_is_the_last_one_where_both_hold_the_same(study, monkeypatch, last, expected):
+    rows = [dict(pgd10_acc="0.3", ema_pgd10_acc="0.2", collapse="0"), {"collapse": "0"} | last]
+    monkeypatch.setattr(study.runs, "log_of", lambda folder: rows)
+    assert study.runs.best_is_last(None) is expected
+
+
 def test_a_stage_of_a_cell_includes_those_before_it(study, tmp_path, monkeypatch):
     more = {"whole": "--attacks cw-50", "autoattack": "--attacks autoattack"}
     cell, asked = study.cells.Cell("one", "", "--attacks pgd-50", more=more), []
     kept = tmp_path / "kept" / "one"
     kept.mkdir(parents=True)
-    (kept / "final_model.pth").touch()
+    (kept / "log.csv").touch()
 
     def call(words, log, deadline):
         asked.append(words[words.index("--attacks") + 1])
@@ -126,6 +137,9 @@ def test_a_stage_of_a_cell_includes_those_before_it(study, tmp_path, monkeypatch
 
     monkeypatch.setattr(study, "call", call)
     places = dict(out_dir=tmp_path / "out", results_dir=tmp_path / "kept", data_dir=tmp_path)
+    with pytest.raises(study.CellError, match="weights are gone"):  # and no other takes their place
+        study.carry_out(cell, argparse.Namespace(until="report", device="cpu", **places), 0)
+    (kept / "final_model.pth").touch()
     for until, attacks in (
         ("train", []), ("report", ["pgd-50"]), ("apgd", ["cw-50"]), ("autoattack", ["autoattack"])
     ):  # fmt: skip
