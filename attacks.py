@@ -111,10 +111,8 @@ def refuse_other_images(x: Tensor, *, values: bool) -> None:
     if values and len(x):
         low, high = x.aminmax()
         if not (low >= 0 and high <= 1):  # nan is neither
-            raise ValueError(
-                f"images in [{low:g}, {high:g}]: an attack takes them in [0, 1]; normalise inside "
-                "the network"
-            )
+            found = f"images in [{low:g}, {high:g}]"
+            raise ValueError(f"{found}: an attack takes them in [0, 1]; normalise inside the model")
 
 
 @contextmanager
@@ -122,14 +120,16 @@ def measuring(model: nn.Module, x: Tensor) -> Iterator[None]:
     """Hold the model in eval mode and fp32; a ValueError where x are not images in [0, 1]."""
     refuse_other_images(x, values=True)
     modes = [(module, module.training) for module in model.modules()]
-    # By default GPUs compute fp32 convolutions in TF32, which has 10 bits of the 23.
-    tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    # GPUs may compute fp32 convolutions and products in TF32, which has 10 bits of the 23.
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32
+    cudnn.allow_tf32 = matmul.allow_tf32 = False
     model.eval()
     try:
         with torch.autocast(x.device.type, enabled=False):
             yield
     finally:
-        torch.backends.cudnn.allow_tf32 = tf32
+        cudnn.allow_tf32, matmul.allow_tf32 = before
         for module, training in modes:
             module.training = training
 

@@ -4,7 +4,7 @@ import platform
 import subprocess
 from argparse import Namespace
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -272,11 +272,14 @@ def commit() -> str:
 
     What it was at the first call, which is what runs.
     """
+
+    def git(*words: str) -> str:
+        run = partial(subprocess.run, capture_output=True, text=True, check=True)
+        return run(["git", *words], cwd=Path(__file__).parent).stdout.strip()
+
     try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=12", "--dirty", "--exclude=*"],
-            cwd=Path(__file__).parent, capture_output=True, text=True, check=True,
-        )  # fmt: skip
+        if git("rev-parse", "--show-prefix"):  # these files lie in the repository of something else
+            return "unknown"
+        return git("describe", "--always", "--abbrev=12", "--dirty", "--exclude=*")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return done.stdout.strip()

@@ -3,6 +3,7 @@
 Torchvision is imported only to download. ``cifar`` opens the pickles.
 """
 
+import hashlib
 import importlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,13 @@ class Images:
     def to(self, device: torch.device) -> "Images":
         """Return the same images on another device."""
         return Images(self.pixels.to(device), self.labels.to(device))
+
+    def digest(self) -> str:
+        """Return a name for these images and labels: number, and start of the SHA-256."""
+        found = hashlib.sha256()
+        for tensor in (self.pixels, self.labels):
+            found.update(tensor.cpu().contiguous().numpy())
+        return f"{len(self):,} images {found.hexdigest()[:12]}"
 
     def as_float(self) -> Tensor:
         """Return (N, 3, 32, 32) images in [0, 1], channels last in memory."""

@@ -73,7 +73,7 @@ def attacked(
 
             def loss(logits: Tensor) -> Tensor:  # a sum: half precision keeps its gradient
                 if target is not None:
-                    return len(logits) * utils.temperature_kl(logits, target, T_a)
+                    return len(logits) * utils.temperature_kl(logits.float(), target, T_a)
                 return F.cross_entropy(logits / T_a, y[part], reduction="sum")  # KL, but for H(y~)
 
             return attack(model, x[part], loss)

@@ -57,7 +57,7 @@ def start(device_name: str) -> torch.device:
             its own, or the processes cannot find each other.
     """
     told = [[os.environ.get(name) for name in names] for names in LAUNCHERS]
-    mine, count, local = next((values for values in told if all(values)), ("0", "1", "0"))
+    mine, count, local = next((values for values in told if all(values[:2])), ("0", "1", "0"))
     if int(count) == 1:
         return utils.pick_device(device_name)
     for name in ("MASTER_ADDR", "MASTER_PORT"):
@@ -73,7 +73,12 @@ def start(device_name: str) -> torch.device:
         )
     # A scheduler may show each process its own GPU alone; torchrun does not.
     alone = torch.cuda.device_count() == 1 and "LOCAL_WORLD_SIZE" not in os.environ
-    index = 0 if alone else local
+    index = 0 if alone else local or os.environ.get("LOCAL_RANK")
+    if on_gpu and index is None:
+        raise ValueError(
+            f"{count} processes, but LOCAL_RANK is not set: export it (each one's number among "
+            "those of its host), or start them with torchrun"
+        )
     device = utils.pick_device(f"cuda:{index}" if on_gpu else device_name)
     who = dict(rank=int(mine), world_size=int(count))
     try:

@@ -126,7 +126,7 @@ def read(path: Path) -> object:
         if disguise(head):
             raise ValueError(f"{path}: not a checkpoint: {disguise(head)}")
         if not head.startswith((ZIP, LEGACY)):
-            kind = "text" if head.isascii() and head.decode().isprintable() else "something else"
+            kind = "text" if head.isascii() and b"\0" not in head else "something else"
             raise ValueError(f"{path}: not a whole checkpoint: {kind} ({size:,} bytes)")
         file.seek(0)
         try:

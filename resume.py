@@ -225,10 +225,8 @@ def check_flags(state: dict[str, object], args: Namespace, path: Path = Path(NAM
     Raises:
         ValueError: One of them changes the mathematics, and ``--allow-changed`` is not given.
     """
-    before = {"kl_warmup": 0.0} | state["args"]  # older states had none,
-    if isinstance(before.get("kl_weight"), float):  # and one weight for the whole run
-        before["kl_weight"] = (before["kl_weight"],) * 2
-    names = {"dtype": "precision", "processes": "nproc-per-node of torchrun"}
+    before = {"images": vars(args).get("images")} | state["args"]  # older states do not name them
+    names = {"dtype": "precision", "processes": "nproc-per-node of torchrun", "images": "data-dir"}
     precisions = {str(dtype): name for name, dtype in utils.PRECISIONS.items()}
     changed = []
     for key, value in checkpoint.plain(args).items():

@@ -52,20 +52,20 @@ def best(healthy: list[dict[str, object]]) -> dict[str, object]:
     return max(healthy, key=lambda state: state["pgd10_acc"])
 
 
-def follow(progress: resume.Progress, parts: resume.Parts, args: Namespace) -> bool:
-    """Keep the state of a healthy epoch, or go back to one; return whether the attack changes now.
+def follow(progress: resume.Progress, parts: resume.Parts, args: Namespace) -> None:
+    """Keep the state of a healthy epoch, or go back to one; the attack is a gentler one then.
 
     All processes must call this; random states are left alone, so that epochs which are trained
     again see other crops and starts.
     """
     row = progress.rows[-1]
     if args.on_collapse != "rollback" or row["pgd10_acc"] is None:
-        return False
+        return
     if not row["collapse"]:
         state = {"epoch": row["epoch"], "pgd10_acc": row["pgd10_acc"]} | resume.learned(parts)
         progress.healthy = [*progress.healthy[-1:], on_cpu(state)]
     if row["rollback_to"] is None:
-        return False
+        return
     state = best(progress.healthy)
     resume.put_learned(state, parts)
     progress.healthy = [kept for kept in progress.healthy if kept["epoch"] <= state["epoch"]]
@@ -76,7 +76,6 @@ def follow(progress: resume.Progress, parts: resume.Parts, args: Namespace) -> b
         f"back to the end of epoch {state['epoch']}, and on with --delta-init {start} --alpha "
         f"{alpha:g}/255 (were {row['delta_init']}, {row['alpha']:g}/255)"
     )
-    return True
 
 
 def on_cpu(value: object) -> object:

@@ -109,18 +109,20 @@ def test_attacks_leave_no_trace(net, batch):
 
 
 def test_attacks_restore_the_mode_when_the_model_raises(batch):
-    tf32 = []
+    tf32, kinds = [], (torch.backends.cudnn, torch.backends.cuda.matmul)
+    kinds[1].allow_tf32 = True  # as an environment may set it
 
     class Broken(nn.Module):
         def forward(self, x):
-            tf32.append(torch.backends.cudnn.allow_tf32)
+            tf32.extend(kind.allow_tf32 for kind in kinds)
             raise RuntimeError("planted")
 
     model = Broken().train()
     with pytest.raises(RuntimeError, match="planted"):
         attacks.fgsm(model, *batch, epsilon=EPS)
+    after, kinds[1].allow_tf32 = [kind.allow_tf32 for kind in kinds], False
     assert model.training
-    assert tf32 == [False] and torch.backends.cudnn.allow_tf32  # TF32 is no fp32
+    assert tf32 == [False, False] and after == [True, True]  # TF32 is no fp32
 
 
 def test_attacks_run_in_fp32_and_eval_mode_inside_autocast_and_no_grad(net, batch):

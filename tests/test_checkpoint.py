@@ -114,7 +114,7 @@ FAULTS = {
         "a Git LFS pointer",
     ),
     "bit flipped": (flip, "checksums do not agree"),
-    "text": (lambda data: b"hello", "text (5 bytes)"),
+    "text": (lambda data: b"hello\nyou", "text (9 bytes)"),
     "picture": (lambda data: b"\x89PNG\r\n" + bytes(100), "something else (106 bytes)"),
     "followed": (lambda data: data + bytes(9), "truncated"),
 }
@@ -352,6 +352,12 @@ def test_the_revision_is_that_of_git(monkeypatch):
         head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout
     except OSError:
         head = ""
+    checkpoint.commit.cache_clear()
+    assert checkpoint.commit().startswith(head[:12] or "unknown")
+    checkpoint.commit.cache_clear()
+    with monkeypatch.context() as patch:  # unpacked inside another repository
+        patch.setattr(checkpoint, "__file__", str(ROOT / "tests" / "checkpoint.py"))
+        assert checkpoint.commit() == "unknown"
     checkpoint.commit.cache_clear()
     assert checkpoint.commit().startswith(head[:12] or "unknown")
     monkeypatch.setattr(subprocess, "run", lambda *a, **k: (_ for _ in ()).throw(OSError()))

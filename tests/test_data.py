@@ -3,6 +3,7 @@
 import hashlib
 import io
 import pickle
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -393,3 +394,13 @@ def test_synthetic_images_are_deterministic_and_balanced(num_classes):
     assert counts.min() > 0.5 * 6000 / num_classes
     assert 15 < first.train.pixels.float().std() < 40  # some contrast, and hardly any clipping
     assert ((first.train.pixels == 0) | (first.train.pixels == 255)).float().mean() < 0.001
+
+
+def test_a_digest_names_pixels_and_labels_wherever_they_lie():
+    pixels, labels = torch.arange(2 * 32 * 32 * 3).view(2, 32, 32, 3).byte(), torch.arange(2)
+    name = data.Images(pixels, labels).digest()
+    assert re.fullmatch("2 images [0-9a-f]{12}", name)
+    moved = pixels.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    assert data.Images(moved, labels).digest() == name
+    assert data.Images(pixels ^ 1, labels).digest() != name
+    assert data.Images(pixels, labels + 1).digest() != name

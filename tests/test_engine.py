@@ -234,6 +234,25 @@ def test_the_attack_raises_a_sum_so_that_half_precision_keeps_its_gradient(targe
     assert losses[1] == pytest.approx(8 * losses[0], rel=1e-3) and losses[0] > 0
 
 
+def test_every_kl_is_computed_in_fp32(batch, monkeypatch):
+    """Autocast on a CPU, unlike on a GPU, leaves log_softmax in half precision."""
+    kinds, real = [], utils.temperature_kl
+
+    def noting(*args):
+        kinds.extend(arg.dtype for arg in args[:2])
+        return real(*args)
+
+    monkeypatch.setattr(utils, "temperature_kl", noting)
+    args = flags("--attack-target", "clean", "--mixup-alpha", "0", "--attack-mode", "both")
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        engine.mix_kl_step(
+            SmallNet(), None, *batch, lam=torch.tensor(1.0), T=torch.tensor(2.0),
+            T_a=torch.tensor(2.0), W=torch.tensor(1.0), args=args,
+            attack=partial(attacks.craft, epsilon=0.03, alpha=0.03),
+        )  # fmt: skip
+    assert set(kinds) == {torch.float32} and len(kinds) == 2 * 3
+
+
 @pytest.mark.parametrize("reference", ["start", "clean", "ema"])
 def test_the_reference_gets_no_gradient_and_is_the_right_pass(reference, batch):
     x, y = batch

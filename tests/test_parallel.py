@@ -269,6 +269,17 @@ def test_each_launcher_is_known_by_its_names(names, monkeypatch):
         parallel.start("cpu")
 
 
+def test_a_process_that_is_not_told_its_gpu_gets_one_line(monkeypatch):
+    """Alone it would train the whole run, beside the others."""
+    for name, value in dict(RANK="1", WORLD_SIZE="2", MASTER_ADDR="x", MASTER_PORT="1").items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="2 processes, but LOCAL_RANK is not set"):
+        parallel.start("auto")
+
+
 def test_processes_that_cannot_meet_get_one_line(script, monkeypatch):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -310,12 +310,16 @@ def test_the_spelling_of_a_network_may_change(stopped, script):
     assert (status, err) == (0, "") and "PreActResNet18" in out
 
 
-def test_a_state_of_one_kl_weight_is_one_of_a_constant_line():
-    args = Namespace(kl_weight=(2.0, 2.0), kl_warmup=0.0, allow_changed=False)
-    resume.check_flags({"args": {"kl_weight": 2.0, "allow_changed": False}}, args)
-    args.kl_weight = (2.0, 4.0)
-    with pytest.raises(ValueError, match="--kl-weight 2 -> 2:4;"):
-        resume.check_flags({"args": {"kl_weight": 2.0, "allow_changed": False}}, args)
+def test_a_run_does_not_go_on_with_other_images(stopped, script, tmp_path):
+    """Other images are held out of them, on which the epochs before may have trained."""
+    folder, words = stopped
+    kept = json.loads((folder / "args.json").read_text())["images"]
+    assert re.fullmatch(r"[\d,]+ images [0-9a-f]{12} \([\w ]+\)", kept)
+    path = resume.load(folder / resume.NAME)
+    path["args"]["images"] = "9 images 0123456789ab (official)"
+    checkpoint.save(folder / resume.NAME, path)
+    status, _, err = script("MIX_KL_CIFAR10", *words, "--epochs", "2")
+    assert status == 2 and f"--data-dir 9 images 0123456789ab (official) -> {kept};" in err
 
 
 @pytest.mark.parametrize("before, after", [
