@@ -15,6 +15,7 @@ import checkpoint
 import files
 import parallel
 import resume
+import utils
 
 # The last is a scheduler's warning; Windows has none.
 NAMES = ("SIGTERM", "SIGINT", "SIGUSR1")
@@ -133,7 +134,7 @@ class Keeper:
 
     def check(self) -> None:
         """Raise where weights, average or momentum are not finite."""
-        if not all(bool(t.isfinite().all()) for t in self.parts.tensors()):
+        if not utils.finite(self.parts.tensors()):
             self.diverged("the weights are not finite")
 
     def diverged(self, what: str) -> None:

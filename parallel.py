@@ -209,13 +209,18 @@ def minimum_(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def maxima(*numbers: int) -> list[int]:
-    """Return the largest of each number over the processes."""
+def reduced(numbers: tuple[int, ...], operation: dist.ReduceOp) -> list[int]:
+    """Return each number reduced over the processes."""
     if size() == 1:
         return list(numbers)
     tensor = torch.tensor(numbers, device="cuda" if dist.get_backend() == "nccl" else "cpu")
-    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    dist.all_reduce(tensor, operation)
     return tensor.tolist()
+
+
+def maxima(*numbers: int) -> list[int]:
+    """Return the largest of each number over the processes."""
+    return reduced(numbers, dist.ReduceOp.MAX)
 
 
 def anywhere(flag: object) -> bool:
@@ -233,9 +238,4 @@ def gathered(item: object) -> list[object]:
 
 def total(number: int) -> int:
     """Return the sum of a number over the processes."""
-    if size() == 1:
-        return number
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    tensor = torch.tensor(number, device=device)
-    dist.all_reduce(tensor)
-    return int(tensor)
+    return reduced((number,), dist.ReduceOp.SUM)[0]

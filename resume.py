@@ -283,7 +283,7 @@ def restored(path: Path, parts: Parts, args: Namespace) -> Progress:
         raise ValueError(
             f"{path}: the state of another run ({reason}); choose another --run-name"
         ) from error
-    if not all(bool(t.isfinite().all()) for t in parts.tensors()):
+    if not utils.finite(parts.tensors()):
         raise checkpoint.DivergedError(
             f"{path}: its weights are not finite; try --resume {files.previous(path)}"
         )

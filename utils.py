@@ -104,6 +104,11 @@ def pull(decay: float, updates: int) -> float:
     return 1 - min(decay, (1 + updates) / (10 + updates))
 
 
+def finite(tensors: list[Tensor]) -> bool:
+    """Return whether all of them are finite; a GPU is waited for once."""
+    return bool(torch.stack([tensor.isfinite().all() for tensor in tensors]).all())
+
+
 def statistics(model: nn.Module | None) -> list[Tensor]:
     """Return the running means and variances of a network."""
     buffers = dict(model.named_buffers()) if model else {}

@@ -50,7 +50,7 @@ MAY_IMPORT = {
     "export": {"files"},
     "files": set(),
     "graph": set(),
-    "keeper": {"checkpoint", "files", "parallel", "resume"},
+    "keeper": {"checkpoint", "files", "parallel", "resume", "utils"},
     "options": {"parallel", "presets", "values"},
     "parallel": {"utils"},
     "pictures": {"attacks", "files", "plots", "utils"},
