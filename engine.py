@@ -269,12 +269,12 @@ def train(
         SystemExit: A signal told the run to stop; its state is saved.
     """
     build, parts = prepare(model, batches, args)
-    progress = resume.begun(state, parts, args, len(batches))
+    progress = resume.progress_of(state, parts, args, len(batches))
     facts = facts | {"commit": progress.commit}
     average, step_of = parts.average, current(build, attack_of, args)
     watch = keeper.Keeper(folder, parts, progress, args, len(batches))
     if folder:  # nothing was touched so far: the run could still be refused
-        record.begun(folder, args, progress.commit, progress.rows if state else None)
+        record.begin_files(folder, args, progress.commit, progress.rows if state else None)
     with watch.listening():
         while progress.epoch <= args.epochs and not rollback.stopped(progress, args):
             row = train_one_epoch(step_of(progress), batches, progress, args, watch.after_step)
@@ -288,7 +288,7 @@ def train(
             keep = watch.keeps(measured)
             if folder:
                 watch.write(partial(
-                    record.epoch, folder, progress, model, average and average.model, facts,
+                    record.write_epoch, folder, progress, model, average and average.model, facts,
                     keep=keep,
                 ))  # fmt: skip
             parallel.say(record.line(row, args.epochs))

@@ -186,7 +186,9 @@ def write_log(path: Path, rows: list[dict[str, float]]) -> None:
     files.write_text(path, text.getvalue())
 
 
-def begun(folder: Path, args: Namespace, commit: str, rows: list[dict[str, float]] | None) -> None:
+def begin_files(
+    folder: Path, args: Namespace, commit: str, rows: list[dict[str, float]] | None
+) -> None:
     """Bring ``args.json`` and the log to the flags and the state of a run.
 
     A new run, whose ``rows`` are None, leaves nothing of a run that it replaces.
@@ -199,7 +201,7 @@ def begun(folder: Path, args: Namespace, commit: str, rows: list[dict[str, float
         write_log(folder / "log.csv", rows)
 
 
-def epoch(
+def write_epoch(
     folder: Path,
     progress,
     model: nn.Module,

@@ -243,7 +243,7 @@ def check_flags(state: dict[str, object], args: Namespace, path: Path = Path(NAM
         parallel.say(f"note: changed since the state was saved: {text}")
 
 
-def begun(path: Path | None, parts: Parts, args: Namespace, steps: int) -> Progress:
+def progress_of(path: Path | None, parts: Parts, args: Namespace, steps: int) -> Progress:
     """Return how far a run is: where the state in a file left it, or at its beginning.
 
     An epoch that had another number of ``steps`` begins anew.

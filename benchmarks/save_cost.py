@@ -57,8 +57,9 @@ def main():
         seconds = interleaved({
             "one training step": step,
             "the whole state": watch.save,
-            "log, curves, both checkpoints":
-                lambda: record.epoch(folder, resume.Progress(rows=rows), model, average, facts),
+            "log, curves, both checkpoints": lambda: record.write_epoch(
+                folder, resume.Progress(rows=rows), model, average, facts
+            ),
         }, given.rounds, given.device)  # fmt: skip
         size = {path.name: path.stat().st_size / 1e6 for path in folder.iterdir()}
     took, *saving = seconds.values()

@@ -330,7 +330,7 @@ def test_runs_never_share_a_folder(tmp_path):
     assert (tmp_path / "out" / "mine" / "log.csv").read_text() == "old"
     mine = record.run_folder(tmp_path / "out", "mine", "run", True)
     assert len(list(mine.iterdir())) == len(record.WRITTEN)  # it could still be refused
-    record.begun(mine, Namespace(epochs=3), "abc", None)
+    record.begin_files(mine, Namespace(epochs=3), "abc", None)
     assert [path.name for path in mine.iterdir()] == ["args.json"]  # no model of the old run
     for name in ("a/b", ".."):
         with pytest.raises(ValueError, match=f"--run-name {name}: a name, not a path"):

@@ -566,9 +566,9 @@ def test_a_run_that_ends_in_an_unmeasured_epoch_leaves_a_checkpoint_that_opens(t
     facts = dict(model="small", num_classes=10, dataset="none", width=None,
                  mean=(0.5, 0.5, 0.5), std=(1.0, 1.0, 1.0))  # fmt: skip
     progress = resume.Progress(rows=[row])
-    record.epoch(tmp_path, progress, SmallNet(), None, facts, keep=False)
+    record.write_epoch(tmp_path, progress, SmallNet(), None, facts, keep=False)
     assert [path.name for path in tmp_path.iterdir()] == ["log.csv"]
-    record.epoch(tmp_path, progress, SmallNet(), None, facts)
+    record.write_epoch(tmp_path, progress, SmallNet(), None, facts)
     final = checkpoint.load(tmp_path / "final_model.pth")
     assert final["metrics"]["loss"] == 2.0 and "clean_acc" not in final["metrics"]
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")

@@ -400,7 +400,7 @@ def test_an_epoch_that_has_another_number_of_steps_begins_anew(watched, tmp_path
     progress.epoch, progress.step, progress.steps, progress.sums = 2, 5, 25, torch.ones(3)
     watch.save()
     for steps, step in ((25, 5), (10, 0)):
-        found = resume.begun(tmp_path / resume.NAME, watch.parts, watch.args, steps)
+        found = resume.progress_of(tmp_path / resume.NAME, watch.parts, watch.args, steps)
         assert (found.epoch, found.step, found.steps) == (2, step, steps)
         assert bool(torch.as_tensor(found.sums).any()) is bool(step)
     assert "note: epoch 2 begins anew: it has 10 steps, not 25\n" in capsys.readouterr().out
