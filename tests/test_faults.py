@@ -390,33 +390,28 @@ def disk_of_a_run(place):
         loads(folder / "run")
 
 
+def unheard():
+    """Yield a number and a standard output that takes nothing: a full disk's, a closed pipe's."""
+    reader, pipe = os.pipe()
+    os.close(reader)
+    for number, writer in enumerate((os.open("/dev/full", os.O_WRONLY), pipe)):
+        yield number, writer
+        os.close(writer)
+
+
 @row("F13 disk full behind standard output, or its reader gone")
 def silenced(place):
-    for number, path in enumerate(("/dev/full", "pipe")):
-        if path == "pipe":
-            reader, writer = os.pipe()
-            os.close(reader)
-        else:
-            writer = os.open(path, os.O_WRONLY)
+    for number, writer in unheard():
         words = ["--epochs", 1, "--run-name", f"new{number}"]
-        process = place.train(*words, stdout=writer)
-        os.close(writer)
-        assert ended(process, 0) == (None, "")
+        assert ended(place.train(*words, stdout=writer), 0) == (None, "")
         loads(place.folder / "output" / f"new{number}")
 
 
 @row("F13 the same while measuring: the report is written")
 def measured_in_silence(place):
-    for number, path in enumerate(("/dev/full", "pipe")):
-        if path == "pipe":
-            reader, writer = os.pipe()
-            os.close(reader)
-        else:
-            writer = os.open(path, os.O_WRONLY)
+    for number, writer in unheard():
         words = ["--model_path", place.run / "final_model.pth", "--out_dir", f"told{number}"]
-        process = place.measure(*words, stdout=writer)
-        os.close(writer)
-        assert ended(process, 0) == (None, "")
+        assert ended(place.measure(*words, stdout=writer), 0) == (None, "")
         assert list((place.folder / f"told{number}").glob("*report.json"))
 
 
