@@ -45,6 +45,11 @@ FACTS: dict[str, Callable[[object], bool]] = {  # what a checkpoint must say, an
         and all(type(value.get(f"{which}clean_acc", 0.0)) in (int, float) for which in ("", "ema_"))
     ),
 }  # fmt: skip
+SPLIT = {  # flags that say which images a run trained on, and what makes sense
+    "held_out": is_count,  # how many were kept aside
+    "train_images": lambda value: value is None or is_count(value),  # of the others; None: all
+    "images": lambda value: value is None or (isinstance(value, str) and len(value) < 100),  # all
+}
 
 
 def save(path: Path, content: dict[str, object]) -> None:
@@ -235,6 +240,15 @@ def architecture(
         raise ValueError(f"{path}: is {saved['width'] or 64} wide; leave --width {args.width} out")
     keys = ("num_classes", "width", "mean", "std")
     return saved["model"], {key: saved[key] for key in keys}
+
+
+def split(saved: dict[str, object]) -> dict[str, object] | None:
+    """Return ``dataset`` and the flags ``SPLIT`` of a run; None where its file does not say."""
+    flags = saved.get("args")
+    flags = flags if isinstance(flags, dict) else {}
+    found = {name: flags.get(name) for name in SPLIT}
+    sound = all(fits(found[name]) for name, fits in SPLIT.items())
+    return {"dataset": saved.get("dataset")} | found if sound else None
 
 
 def sha256(path: Path) -> str:

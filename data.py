@@ -220,6 +220,34 @@ def split_held_out(images: Images, count: int) -> tuple[Images, Images]:
     return images[order[count:]], images[order[:count]]
 
 
+def not_trained_on(dataset: Dataset, split: dict[str, object] | None, path: Path) -> Images:
+    """Return the training images that a network never saw, those that chose nothing first.
+
+    Args:
+        dataset: What it was trained on.
+        split: How its run shared them, as ``checkpoint.split`` says.
+        path: Its file, for messages.
+
+    Returns:
+        The images that ``--train-images`` left out, then the held-out ones.
+
+    Raises:
+        ValueError: The file does not say, or names other images.
+    """
+    if split is None:
+        raise ValueError(f"--held-out: {path} does not say which images it was trained on")
+    here = {"dataset": dataset.name, "images": f"{dataset.train.digest()} ({dataset.origin})"}
+    for key, found in here.items():
+        if split[key] not in (None, found):
+            raise ValueError(
+                f"--held-out: {path} was trained on {split[key]}, not on {found}; see --data-dir"
+            )
+    train, held_out = split_held_out(dataset.train, split["held_out"])
+    left_out = train[split["train_images"] or len(train) :]
+    pixels = torch.cat([left_out.pixels, held_out.pixels])
+    return Images(pixels, torch.cat([left_out.labels, held_out.labels]))
+
+
 class TrainingBatches:
     """Shuffled batches of augmented images, gathered on the device.
 

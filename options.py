@@ -82,8 +82,7 @@ def add_method(parser: Parser) -> None:
     add("--epsilon", type=pixels, default=8.0, metavar="E", help="8, 8/255 or 0.03137 (default 8)")
     add("--alpha", type=pixels, metavar="A", help="step size (default: epsilon; 1.25 epsilon for "
         "fgsm_rs, epsilon / 4 for pgd_at and trades)")
-    add("--attack-steps", type=count(), default=1, metavar="K",
-        help="gradient steps; 1 is FGSM (default %(default)s)")
+    add("--attack-steps", type=count(), default=1, metavar="K", help="1 is FGSM (default 1)")
     add("--delta-init", choices=("zero", "uniform", "half", "noise"), default="noise",
         help="start: 0, U(-E, E), +-E/2, or U(-2E, 2E) unprojected (default %(default)s)")
     add("--attack-target", choices=("labels", "clean"), default="labels",
@@ -112,8 +111,7 @@ def add_optimisation(parser: Parser) -> None:
     add("--batch-size", type=count(2), default=128,
         help="images a step, of all processes together (default %(default)s)")
     add("--lr", "--lr-max", type=number(0), default=0.1, help="highest rate (default %(default)s)")
-    add("--lr-min", type=number(0), default=0.0,
-        help="lowest, where the schedule has one (default %(default)s)")
+    add("--lr-min", type=number(0), default=0.0, help="lowest, where there is one (default 0)")
     add("--lr-schedule", choices=("multistep", "cyclic", "onecycle", "cosine", "constant"),
         default="multistep", help="multistep: a tenth from 99/110 of the run on, a hundredth from "
         "104/110; cyclic: a triangle (default %(default)s)")
@@ -251,7 +249,9 @@ def measuring_parser(doc: str) -> Parser:
         help="[1/255]: 8, 8/255 or 0.03137 (default 8)")
     add("--cascade", action="store_true", help="attack only what the attacks before left standing: "
         "accuracies are then cumulative, the worst case is the same, and it is reached sooner")
-    add("--n-examples", type=count(), metavar="N", help="the first N test images (default: all)")
+    add("--n-examples", type=count(), metavar="N", help="the first N images (default: all)")
+    add("--held-out", action="store_true", help="measure on training images that the network was "
+        "not trained on, to choose flags by, in place of the test images")
     add("--eps", type=pixels, nargs="+", metavar="E",
         help="a sweep: measure at each of these sizes, and draw the curve")
     add("--pictures", action="store_true", help="draw adversarial images, the loss surface, and "

@@ -27,7 +27,7 @@ def refuse(args: argparse.Namespace) -> None:
     Raises:
         ValueError: A library is not installed, there is no other network for ``transfer`` or no use
             for it, or the claim of ``--export`` would not be of each attack by itself, or of
-            another size.
+            another size, or of other images.
         OSError: The folder of ``--export`` exists, or cannot be made.
     """
     if (args.pictures or len(args.eps or ()) > 1) and not find_spec("matplotlib"):
@@ -42,6 +42,8 @@ def refuse(args: argparse.Namespace) -> None:
     if args.export:
         export.refuse(args.export)
         files.probe(args.export.parent, "--export")
+        if args.held_out:
+            raise ValueError("--export: claims accuracy on test images; leave --held-out out")
         if args.cascade:
             raise ValueError("--export: claims the accuracy of each attack; leave --cascade out")
         if args.eps and all(abs(size - args.epsilon) > 0.005 for size in args.eps):
@@ -80,6 +82,7 @@ def open_network(
     weights = checkpoint.load_weights(model, saved, weights, path)
     facts = {"checkpoint": str(path), "sha256": checkpoint.sha256(path), "weights": weights}
     facts |= {"model": name, "trained_on": saved.get("dataset", "unknown images")}
+    facts["split"] = checkpoint.split(saved)
     prefix = "ema_" if weights == "ema" else ""
     facts["recorded_clean"] = (saved.get("metrics") or {}).get(f"{prefix}clean_acc")
     return model.eval(), network, facts

@@ -233,7 +233,8 @@ def compared(paths: list[Path]) -> str:
 def what(report: dict[str, object]) -> str:
     """Return on which images, at which epsilon and how a report was measured, for its line."""
     dataset, epsilon = report.get("dataset", "unknown"), 255 * report.get("epsilon", float("nan"))
-    text = f"{report['n']:,} images of {dataset}, eps {epsilon:g}/255"
+    text = f"{report['n']:,} {report.get('image_set', 'test')} images of {dataset}"
+    text += f", eps {epsilon:g}/255"
     if report.get("cascade"):
         text += f", cascade of {' '.join(row['attack'] for row in report['attacks'])}"
     if source := report.get("transfer_from"):

@@ -55,11 +55,16 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
 
     with parallel.rank_0_first():
         dataset = data.load(DATASET, NUM_CLASSES, args.data_dir, args.synthetic)
-    images = dataset.test.first(args.n_examples, "--n-examples").to(device)
+    pool, image_set = dataset.test, "test"
+    if args.held_out:
+        pool = data.not_trained_on(dataset, facts["split"], args.model_path)
+        image_set = "held-out training"
+    images = pool.first(args.n_examples, "--n-examples").to(device)
     facts |= {"dataset": dataset.name, "origin": dataset.origin, "test_images": len(dataset.test)}
+    facts["image_set"] = image_set
     parallel.say(
         f"{args.model_path}: {facts['model']}, {facts['weights']} weights, trained on "
-        f"{facts['trained_on']}\n{len(images):,} of {len(dataset.test):,} test images of "
+        f"{facts['trained_on']}\n{len(images):,} of {len(pool):,} {image_set} images of "
         f"{dataset.name} ({dataset.origin}), {parallel.size()} x {device.type}"
     )
 

@@ -49,7 +49,10 @@ STEEP15 = f"{STEEP} --epochs 15 --on-collapse stop"  # a dead network is not tra
 LONG16 = f"{LONG} --measure-every 5 --epsilon 16"
 HEADLINE = "--attacks clean pgd-50-10 cw-50"
 PGD_CW = "--attacks clean pgd-50 cw-50"
-LONGER = {"whole": "--attacks clean cw-50"} | {
+LONGER = {
+    "held-out": "--attacks clean cw-50 --held-out --n-examples 3000",
+    "whole": "--attacks clean cw-50",
+} | {
     name: f"--attacks clean {name} --n-examples 1000 --batch-size 200"
     for name in ("apgd", "autoattack")
 }

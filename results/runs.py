@@ -13,10 +13,11 @@ import record
 
 HERE = Path(__file__).resolve().parent
 EPOCHS = {"final": "last", "best": "best"}  # file of a checkpoint: its epoch
-MEASUREMENTS = ("report", "whole", "apgd", "autoattack")  # the last goes on from that before
-STRONG = MEASUREMENTS[2:]
+MEASUREMENTS = ("report", "held-out", "whole", "apgd", "autoattack")
+STRONG = MEASUREMENTS[-2:]  # the second goes on from the first
 ATTACKS = {  # columns of the tables, and their titles
-    "clean": "clean", "pgd-50": "PGD-50", "cw-50": "CW-50", "rest": "CW-50, rest",
+    "clean": "clean", "pgd-50": "PGD-50", "cw-50": "CW-50", "held-out": "CW-50, held out",
+    "rest": "CW-50, rest",
     "apgd": "APGD", "autoattack": "AutoAttack",
 }  # fmt: skip
 TITLES = {
@@ -94,6 +95,9 @@ def measured(patterns: Sequence[str], file: str) -> list[Run]:
         if path.exists():
             shares, log = shares_of(path), log_of(folder)
             whole = folder / f"{file}_model-whole-verdicts.npz"
+            held_out = folder / f"{file}_model-held-out.json"
+            if held_out.exists():
+                shares["held-out"] = shares_of(held_out)["cw-50"]
             if whole.exists():
                 shares["rest"] = share_of_the_rest(path, whole)
             for name in STRONG:

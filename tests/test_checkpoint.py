@@ -44,6 +44,16 @@ def test_a_checkpoint_says_its_flags_and_versions():
     assert facts["args"]["epsilon"] == 4 and facts["versions"].keys() == {"torch", "python"}
 
 
+def test_a_checkpoint_says_which_images_its_run_left_alone():
+    flags = dict(held_out=1000, train_images=4000, images="5,000 images ab (official)", seed=1)
+    found = checkpoint.split({"dataset": "cifar10", "args": flags})
+    assert found == {"dataset": "cifar10", **{key: flags[key] for key in checkpoint.SPLIT}}
+    old = checkpoint.split({"dataset": "cifar10", "args": {"held_out": 5}})
+    assert old == dict(dataset="cifar10", held_out=5, train_images=None, images=None)
+    for args in (None, [], {}, *({**flags, key: [3]} for key in checkpoint.SPLIT)):
+        assert checkpoint.split({"args": args}) is None
+
+
 def test_a_failed_save_leaves_the_old_file(saved):
     before = saved.read_bytes()
     with pytest.raises((pickle.PicklingError, AttributeError, TypeError)):

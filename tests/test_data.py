@@ -381,6 +381,35 @@ def test_held_out_images_are_apart_always_the_same_and_leave_the_generator_alone
         images.first(51, "--n-examples")
 
 
+@pytest.mark.parametrize("train_images", [None, 25, 38])
+def test_the_images_a_run_left_alone_are_all_but_those_it_trained_on(train_images):
+    dataset = data.drawn(10, train=50, test=10)
+    train, held_out = data.split_held_out(dataset.train, 12)
+    train = train.first(train_images, "--train-images")
+    split = dict(dataset=dataset.name, images=None, held_out=12, train_images=train_images)
+    left = data.not_trained_on(dataset, split, "run.pth")
+    assert len(left) == 50 - len(train)
+    assert torch.equal(left[-12:].pixels, held_out.pixels)  # which chose the best epoch: last
+    assert torch.equal(left[-12:].labels, held_out.labels)
+    trained, known = ({image.numpy().tobytes() for image in part.pixels} for part in (train, left))
+    assert not trained & known
+    assert trained | known == {image.numpy().tobytes() for image in dataset.train.pixels}
+
+
+def test_images_of_which_a_checkpoint_says_something_else_are_not_called_held_out():
+    dataset = data.drawn(10, train=50, test=10)
+    images = f"{dataset.train.digest()} (synthetic)"
+    split = dict(dataset="synthetic10", images=images, held_out=12, train_images=None)
+    assert len(data.not_trained_on(dataset, split, "run.pth")) == 12
+    for wrong, why in (
+        (None, "run.pth does not say which images"),
+        (split | dict(dataset="cifar10"), "run.pth was trained on cifar10, not on synthetic10"),
+        (split | dict(images="50 images ab (official)"), "was trained on 50 images ab .official."),
+    ):
+        with pytest.raises(ValueError, match=why):
+            data.not_trained_on(dataset, wrong, "run.pth")
+
+
 @pytest.mark.parametrize("num_classes", [10, 100])
 def test_synthetic_images_are_deterministic_and_balanced(num_classes):
     torch.manual_seed(0)

@@ -19,8 +19,9 @@ early_stop ema_decay epochs epsilon factor hard_term held_out help image_sizes k
 kl_reference kl_warmup kl_weight label_smoothing lamda lr lr_min lr_peak lr_schedule measure_every
 mixup_alpha model momentum nesterov on_collapse out_dir overwrite precision preset resume run_name
 save_every seed synthetic temperature train_images weight_decay width"""
-MEASURING = """attacks batch_size cascade compare data_dir debug device eps epsilon export help
-model model_path n_examples normalize out_dir pictures seed synthetic transfer_from weights width"""
+MEASURING = """attacks batch_size cascade compare data_dir debug device eps epsilon export held_out
+help model model_path n_examples normalize out_dir pictures seed synthetic transfer_from weights
+width"""
 PUBLISHED = """--batch-size 128 --data-dir d --epochs 110 --lr-schedule cyclic --lr-min 0.0
 --lr-max 0.2 --weight-decay 5e-4 --momentum 0.9 --model ResNet18 --epsilon 8 --alpha 8 --delta-init
 half --out_dir o --seed 0 --lamda 12 --early-stop --factor 0.7 --mixup-alpha 1.0 --EMA_value 0.82

@@ -76,6 +76,33 @@ def test_the_report_says_what_was_measured(case, script):
     assert int(verdicts["pgd-2"].sum()) == found["attacks"][2]["correct"]
 
 
+def test_held_out_images_are_measured_where_the_file_says_which_they_are(case, script):
+    words = ["test_cifar10", "--model_path", case / "model.pth", "--data-dir", case]
+    words += ["--out_dir", case / "out", "--attacks", "clean", "--held-out"]
+    status, _, err = script(*words)
+    assert status == 2 and "model.pth does not say which images it was trained on" in err
+    saved = checkpoint.load(case / "model.pth")
+    train = data.load("cifar10", 10, case, False).train
+    args = dict(held_out=15, train_images=30, images=f"{train.digest()} (unofficial)")
+    checkpoint.save(case / "model.pth", saved | {"args": args})
+    status, out, err = script(*words, "--n-examples", "20")
+    count = len(train) - 30
+    assert status == 0, err
+    assert f"20 of {count} held-out training images of cifar10" in out
+    found = report_of(case)
+    assert (found["n"], found["image_set"]) == (20, "held-out training")
+    assert found["split"]["train_images"] == 30
+    labels = np.load(next((case / "out").glob("*-verdicts.npz")))["labels"]
+    left_out = data.split_held_out(train, 15)[0].labels[30:50]
+    assert labels.tolist() == left_out.tolist()
+    status, _, err = script(*words, "--export", case / "claim")
+    assert status == 2 and "--export: claims accuracy on test images" in err
+    path = next((case / "out").glob("*report.json"))
+    (case / "test.json").write_text(json.dumps(found | {"image_set": "test"}))
+    status, out, err = script("test_cifar10", "--compare", path, case / "test.json")
+    assert status == 0 and "not measured alike, no test" in out
+
+
 def test_a_sweep_measures_each_size_and_draws_the_curve(case, script):
     out = measure(script, case, "--attacks", "pgd-2", "--eps", "0", "4", "8/255")
     names = sorted(path.name for path in (case / "out").iterdir() if path.suffix == ".json")
