@@ -18,6 +18,7 @@ import parallel
 import pictures
 import report
 
+UNKNOWN = "unknown images"  # what a bare state dict was trained on
 PROBED = 256  # images on which the network is probed for signs of a wrong defence
 
 
@@ -81,11 +82,18 @@ def open_network(
     model = checkpoint.build(build, name, network, saved, weights, path)
     weights = checkpoint.load_weights(model, saved, weights, path)
     facts = {"checkpoint": str(path), "sha256": checkpoint.sha256(path), "weights": weights}
-    facts |= {"model": name, "trained_on": saved.get("dataset", "unknown images")}
+    facts |= {"model": name, "trained_on": saved.get("dataset", UNKNOWN)}
     facts["split"] = checkpoint.split(saved)
     prefix = "ema_" if weights == "ema" else ""
     facts["recorded_clean"] = (saved.get("metrics") or {}).get(f"{prefix}clean_acc")
     return model.eval(), network, facts
+
+
+def refuse_idle(args: argparse.Namespace, *networks: dict[str, object]) -> None:
+    """Raise a ValueError where a flag is for bare state dicts, and no file is one."""
+    given = [name for name in ("model", "width", "normalize") if getattr(args, name)]
+    if given and all(facts["trained_on"] != UNKNOWN for facts in networks):
+        raise ValueError(f"--{given[0]}: both files name their network; leave it out")
 
 
 def measure(

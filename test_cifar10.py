@@ -51,6 +51,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
     source = None
     if args.transfer_from:
         source, _, about = opened(args.transfer_from)
+        referee.refuse_idle(args, facts, about)
         source, facts["transfer_from"] = source.to(device), about
 
     with parallel.rank_0_first():

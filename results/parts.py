@@ -1,8 +1,11 @@
 """What each part of the method changes, and the whole of it: pairs of cells, seed by seed."""
 
+import itertools
 import statistics
 
 import runs
+
+from report import mcnemar
 
 PARTS = {  # of the method: the cells with it, and those without it
     "Mixup 0.2, beside KL 1": ("both", "kl"),
@@ -65,6 +68,25 @@ def table(compared: dict[str, tuple[str, str]], head: str, sides: str) -> list[s
         for side in zip(*pairs, strict=True):
             cells.append(f"{sum(run.collapsed for run in side)} of {len(side)}")
         lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def rest() -> list[str]:
+    """Return the table of CW-50 on the test images that chose nothing, seed by seed."""
+    lines = [
+        "| MIX-KL less | seed | epoch | CW-50, rest | only MIX-KL | only the other | McNemar's p |",
+        "| --- " * 7 + "|",
+    ]
+    for title, methods in RIVALS.items():
+        for seed, file in itertools.product(range(5), runs.EPOCHS):
+            pair = [runs.rest(runs.HERE / f"long-{m}-seed{seed}", file) for m in methods]
+            if any(standing is None for standing in pair):
+                continue
+            one, other, p = mcnemar(*pair)
+            points = signed(100 * (one - other) / len(pair[0]))
+            cells = [title, str(seed), runs.EPOCHS[file], points, str(one), str(other), f"{p:.2g}"]
+            lines.append(f"| {' | '.join(cells)} |")
+            title = ""
     return lines
 
 

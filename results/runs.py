@@ -70,9 +70,14 @@ def strong_shares_of(report: Path) -> dict[str, float]:
     return shares
 
 
-def share_of_the_rest(report: Path, whole: Path) -> float:
-    """Return the accuracy under CW-50 on the test images that the report leaves out."""
-    return 100 * float(np.load(whole)["cw-50"][json.loads(report.read_text())["n"] :].mean())
+def rest(folder: Path, file: str) -> np.ndarray | None:
+    """Return which test images that the report leaves out stand under CW-50; None: not measured."""
+    whole, report = (
+        folder / f"{file}_model-{end}" for end in ("whole-verdicts.npz", "report.json")
+    )
+    if not whole.exists():
+        return None
+    return np.load(whole)["cw-50"][json.loads(report.read_text())["n"] :]
 
 
 @dataclass(frozen=True)
@@ -94,12 +99,12 @@ def measured(patterns: Sequence[str], file: str) -> list[Run]:
             path = folder / "report.json"
         if path.exists():
             shares, log = shares_of(path), log_of(folder)
-            whole = folder / f"{file}_model-whole-verdicts.npz"
+            left = rest(folder, file)
             held_out = folder / f"{file}_model-held-out.json"
             if held_out.exists():
                 shares["held-out"] = shares_of(held_out)["cw-50"]
-            if whole.exists():
-                shares["rest"] = share_of_the_rest(path, whole)
+            if left is not None:
+                shares["rest"] = 100 * float(left.mean())
             for name in STRONG:
                 more = folder / f"{file}_model-{name}.json"
                 if more.exists():

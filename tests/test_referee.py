@@ -200,6 +200,11 @@ def test_the_flags_of_a_bare_file_are_for_the_one_of_two_that_names_no_network(c
     measure(script, case, *words, "--model", "ResNet18", "--width", "8")
     found = report_of(case)
     assert found["model"] == "PreActResNet18" and found["transfer_from"]["model"] == "ResNet18"
+    words = ["test_cifar10", "--model_path", case / "model.pth", "--attacks", "transfer"]
+    words += ["--transfer-from", case / "model.pth", "--data-dir", case]
+    for flag, value in (("--model", "ResNet18"), ("--width", 8), ("--normalize", "none")):
+        status, _, err = script(*words, flag, value)
+        assert status == 2 and f"{flag}: both files name their network; leave it out" in err
 
 
 @pytest.mark.parametrize("words, message", [
