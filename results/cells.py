@@ -49,10 +49,9 @@ STEEP15 = f"{STEEP} --epochs 15 --on-collapse stop"  # a dead network is not tra
 LONG16 = f"{LONG} --measure-every 5 --epsilon 16"
 HEADLINE = "--attacks clean pgd-50-10 cw-50"
 PGD_CW = "--attacks clean pgd-50 cw-50"
-LONGER = {
-    "held-out": "--attacks clean cw-50 --held-out --n-examples 3000",
-    "whole": "--attacks clean cw-50",
-} | {
+CHOICES = ("kl1to4", "kl", "kl4", "kl1to4t1", "both")  # the defaults, and what they might have been
+CHOSEN = {"held-out": "--attacks clean cw-50 --held-out --n-examples 3000"}  # between these
+LONGER = {"whole": "--attacks clean cw-50"} | {
     name: f"--attacks clean {name} --n-examples 1000 --batch-size 200"
     for name in ("apgd", "autoattack")
 }
@@ -92,7 +91,7 @@ def cpu() -> list[Cell]:
     cells += [
         Cell(f"long-{method}-seed{seed}", f"{LONG} {METHODS[method]} --seed {seed}",
              f"{PGD_CW} --n-examples 2000", ("final", "best"),
-             more=LONGER)
+             more=(CHOSEN if method in CHOICES else {}) | LONGER)
         for methods in (("both", "n_fgsm", "fgsm_rs", "train", "eval0"), ABLATION, ("pgd_at",))
         for seed in range(3) for method in methods
     ]  # fmt: skip

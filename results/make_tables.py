@@ -242,7 +242,7 @@ PREACT, WIDE = "PreActResNet18, batch 128", "WideResNet34-10, batch {}"
 TABLES = {"headline": headline, "short": short, "autoattack": autoattack, "control": control}
 TABLES |= {"parts": partial(parts.table, parts.PARTS, "part", "collapsed with it | without")}
 TABLES |= {"rivals": partial(parts.table, parts.RIVALS, "MIX-KL less", "collapsed | the other")}
-TABLES |= {"rest": parts.rest, "shipped": shipped}
+TABLES |= {"rest": parts.rest, "choice": parts.choice, "shipped": shipped}
 
 TABLES |= {"rollback": rollback, "outcome": outcome, "preset": preset}
 TABLES["speed"] = partial(speed, "EPYC", (PREACT, WIDE.format(8), WIDE.format(16)), 2)

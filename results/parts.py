@@ -4,6 +4,7 @@ import itertools
 import statistics
 
 import runs
+from cells import CHOICES
 
 from report import mcnemar
 
@@ -90,15 +91,42 @@ def rest() -> list[str]:
     return lines
 
 
-def interval(values: list[float]) -> str:
+def choice() -> list[str]:
+    """Return the table of CW-50 on training images that no run saw: what the defaults rest on."""
+    lines = [
+        "| method | clean: last | best | CW-50: last | best | mean | MIX-KL less it | seeds |",
+        "| --- " * 8 + "|",
+    ]
+    found = {}
+    for method in CHOICES:
+        folders = [runs.HERE / f"long-{method}-seed{seed}" for seed in range(3)]
+        reports = {
+            file: [runs.shares_of(folder / f"{file}_model-held-out.json") for folder in folders]
+            for file in runs.EPOCHS
+        }
+        row = [runs.TITLES[method]]
+        for attack in ("clean", "cw-50"):
+            for shares in reports.values():
+                row.append(f"{statistics.mean(known[attack] for known in shares):.1f}")
+        both = zip(*reports.values(), strict=True)
+        found[method] = [statistics.mean(known["cw-50"] for known in pair) for pair in both]
+        row.append(f"{statistics.mean(found[method]):.2f}")
+        less = [a - b for a, b in zip(found[CHOICES[0]], found[method], strict=True)]
+        row += [interval(less, 2) if any(less) else "", str(len(less))]
+        lines.append(f"| {' | '.join(row)} |")
+    return lines
+
+
+def interval(values: list[float], digits: int = 1) -> str:
     """Return the mean with its 95 % interval, or the values where they are too few."""
     if len(values) not in STUDENT:
-        return ", ".join(signed(value) for value in values)
+        return ", ".join(signed(value, digits) for value in values)
     mean = statistics.mean(values)
     half = STUDENT[len(values)] * statistics.stdev(values) / len(values) ** 0.5
-    return f"{signed(mean)} [{signed(mean - half)}, {signed(mean + half)}]"
+    low, high = signed(mean - half, digits), signed(mean + half, digits)
+    return f"{signed(mean, digits)} [{low}, {high}]"
 
 
-def signed(value: float) -> str:
+def signed(value: float, digits: int = 1) -> str:
     """Return a number with its sign; there is no -0.0."""
-    return f"{round(value, 1) + 0.0:+.1f}"
+    return f"{round(value, digits) + 0.0:+.{digits}f}"
