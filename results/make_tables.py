@@ -183,6 +183,7 @@ def headline() -> list[str]:
                 if found:
                     rows.append(([setting, runs.TITLES[method], epoch], found))
     names = runs.titles(name for _, found in rows for run in found for name in run.shares)
+    names.pop("held-out", None)  # it chose the defaults
     lines = [
         f"| setting | method | epoch | {' | '.join(names.values())} | collapsed | minutes |",
         "| --- " * (len(names) + 5) + "|",
