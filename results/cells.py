@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 BOTH = "--mixup-alpha 0.2 --kl-weight 1"
 METHODS = {
+    "fgsm_at": "--baseline fgsm_at",
     "fgsm_rs": "--baseline fgsm_rs",
     "n_fgsm": "--baseline n_fgsm",
     "mixup": "--mixup-alpha 0.2 --kl-weight 0 --temperature 1",
@@ -80,7 +81,8 @@ def cpu() -> list[Cell]:
     cells += [
         Cell(f"steep15-{method}-seed{seed}", f"{STEEP15} {METHODS[method]} --seed {seed}",
              f"{PGD_CW} --epsilon 16 --n-examples 1000")
-        for seed in range(5) for method in ("both", "fgsm_rs", "n_fgsm", *STEEP15_PARTS)
+        for seed in range(5)
+        for method in ("both", "fgsm_at", "fgsm_rs", "n_fgsm", *STEEP15_PARTS)
     ]  # fmt: skip
     cells += [
         Cell(f"long16-{method}-seed{seed}", f"{LONG16} {METHODS[method]} --seed {seed}",
@@ -92,8 +94,17 @@ def cpu() -> list[Cell]:
         Cell(f"long-{method}-seed{seed}", f"{LONG} {METHODS[method]} --seed {seed}",
              f"{PGD_CW} --n-examples 2000", ("final", "best"),
              more=(CHOSEN if method in CHOICES else {}) | LONGER)
-        for methods in (("both", "n_fgsm", "fgsm_rs", "train", "eval0"), ABLATION, ("pgd_at",))
+        for methods in (
+            ("both", "n_fgsm", "fgsm_rs", "fgsm_at", "train", "eval0"), ABLATION, ("pgd_at",)
+        )
         for seed in range(3) for method in methods
+    ]  # fmt: skip
+    cells += [
+        Cell(f"long{eps}-{method}-seed{seed}",
+             f"{LONG} --epsilon {eps} {METHODS[method]} --seed {seed}",
+             f"{PGD_CW} --epsilon {eps} --n-examples 2000", ("final", "best"))
+        for seed in range(3) for eps in (12, 4)
+        for method in ("kl1to4", "n_fgsm", "fgsm_rs")
     ]  # fmt: skip
     cells += [
         Cell(f"short-{method}-seed{seed}", f"{SHORT} {METHODS[method]} --seed {seed}", PGD_CW)

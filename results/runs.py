@@ -22,7 +22,7 @@ ATTACKS = {  # columns of the tables, and their titles
 }  # fmt: skip
 TITLES = {
     "mix_kl": "Mixup and KL 4, attack mode train, start `half`",
-    "fgsm_rs": "FGSM-RS", "n_fgsm": "N-FGSM", "mixup": "Mixup alone",
+    "fgsm_at": "FGSM-AT", "fgsm_rs": "FGSM-RS", "n_fgsm": "N-FGSM", "mixup": "Mixup alone",
     "kl1to4": "MIX-KL", "kl1to4t1": "MIX-KL, T 1", "ta1": "MIX-KL, T 1 in the attack",
     "t4": "MIX-KL, T 4", "t4to1": "MIX-KL, T 4 to 1", "both": "Mixup and KL 1",
     "kl0": "KL 0", "kl": "KL 1", "kl4": "KL 4", "kl4ramp": "KL 0 to 4",
