@@ -182,9 +182,9 @@ def _bars(axes, start: Tensor, after: Tensor, classes: tuple[str, ...], title: s
     """Draw two distributions over the classes that matter most, side by side."""
     first, second = start.softmax(0).cpu(), after.softmax(0).cpu()
     top = (first + second).topk(min(6, len(classes))).indices
-    place = torch.arange(len(top))
-    axes.barh(place - 0.2, first[top], 0.4, label="at the start")
-    axes.barh(place + 0.2, second[top], 0.4, label="adversarial")
+    place = torch.arange(len(top)).numpy()
+    axes.barh(place - 0.2, first[top].numpy(), 0.4, label="at the start")
+    axes.barh(place + 0.2, second[top].numpy(), 0.4, label="adversarial")
     axes.set_yticks(place, [classes[i] for i in top], fontsize=7)
     axes.invert_yaxis()
     axes.set_xlabel("probability", fontsize=7)
