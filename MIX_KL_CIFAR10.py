@@ -58,7 +58,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
     """Train one network on one device, alone or with other processes."""
     with parallel.rank_0_first():
         dataset = data.load(DATASET, NUM_CLASSES, args.data_dir, args.synthetic)
-    args.images = f"{dataset.train.digest()} ({dataset.origin})"
+    args.images = dataset.trained_on()
     train, held_out = data.split_held_out(dataset.train.to(device), args.held_out)
     batches = data.TrainingBatches(
         train.first(args.train_images, "--train-images"), args.batch_size, args.crop_padding

@@ -69,6 +69,10 @@ class Dataset:
     test: Images
     origin: str  # "official", "unofficial" or "synthetic"
 
+    def trained_on(self) -> str:
+        """Return a name for the training images: their digest and their origin."""
+        return f"{self.train.digest()} ({self.origin})"
+
 
 @dataclass(frozen=True)
 class Archive:
@@ -236,7 +240,7 @@ def not_trained_on(dataset: Dataset, split: dict[str, object] | None, path: Path
     """
     if split is None:
         raise ValueError(f"--held-out: {path} does not say which images it was trained on")
-    here = {"dataset": dataset.name, "images": f"{dataset.train.digest()} ({dataset.origin})"}
+    here = {"dataset": dataset.name, "images": dataset.trained_on()}
     for key, found in here.items():
         if split[key] not in (None, found):
             raise ValueError(
