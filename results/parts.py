@@ -26,6 +26,10 @@ PLACES = {  # where they are compared: prefix of the cells, checkpoint
     "8/255, long, last": ("long", "final"),
     "8/255, long, best": ("long", "best"),
     "8/255, short": ("short", "final"),
+    "12/255, long, last": ("long12", "final"),
+    "12/255, long, best": ("long12", "best"),
+    "4/255, long, last": ("long4", "final"),
+    "4/255, long, best": ("long4", "best"),
 }
 STUDENT = {3: 4.30, 4: 3.18, 5: 2.78}  # 97.5 % quantile of t, by the number of seeds
 
