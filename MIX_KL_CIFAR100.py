@@ -31,7 +31,7 @@ DEFAULTS = dict(
     lr=0.2,
     lr_schedule="cyclic",
     mixup_alpha=0.0,
-    temperature=(1.0, 1.0),
+    temperature=(2.0, 2.0),
     kl_weight=(1.0, 4.0),
     ema_decay=0.999,
 )

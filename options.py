@@ -57,8 +57,8 @@ def add_method(parser: Parser) -> None:
         help="fast: 13 epochs on images that grow from 16 to 32 pixels, without Mixup and KL")
     add("--mixup-alpha", type=number(0), default=0.0, metavar="A",
         help="Mixup with lam ~ Beta(A, A); 0 is none (default %(default)s)")
-    add("--temperature", type=temperatures, default=(1.0, 1.0), metavar="T",
-        help="T of the KL term: 2, or 4:1 for a line over the run (default 1)")
+    add("--temperature", type=temperatures, default=(2.0, 2.0), metavar="T",
+        help="T of the KL term: 2, or 4:1 for a line over the run (default 2)")
     add("--attack-temperature", type=temperatures, metavar="T",
         help="T of the attack (default: that of --temperature)")
     add("--kl-weight", type=weights, default=(1.0, 4.0), metavar="W",

@@ -2,39 +2,37 @@
 
 from dataclasses import dataclass, field
 
-MIXED = "--mixup-alpha 0.2 --kl-weight 1"
-BOTH = f"{MIXED} --temperature 2"  # the defaults once
+BOTH = "--mixup-alpha 0.2 --kl-weight 1"
 METHODS = {
     "fgsm_at": "--baseline fgsm_at",
     "fgsm_rs": "--baseline fgsm_rs",
     "n_fgsm": "--baseline n_fgsm",
     "mixup": "--mixup-alpha 0.2 --kl-weight 0 --temperature 1",
-    "kl0": "--kl-weight 0 --temperature 2",
-    "kl": "--kl-weight 1 --temperature 2",
-    "klt1": "--kl-weight 1 --temperature 1",
-    "kl4": "--kl-weight 4 --temperature 2",
-    "kl1to4": "--kl-weight 1:4 --temperature 2",
-    "kl4ramp": "--kl-weight 4 --temperature 2 --kl-warmup 0.9",
-    "kl1to4t1": "--kl-weight 1:4 --temperature 1",  # the defaults
-    "ta1": "--kl-weight 1:4 --temperature 2 --attack-temperature 1",
+    "kl0": "--kl-weight 0",
+    "kl": "--kl-weight 1",
+    "kl4": "--kl-weight 4",
+    "kl1to4": "--kl-weight 1:4",
+    "kl4ramp": "--kl-weight 4 --kl-warmup 0.9",
+    "kl1to4t1": "--kl-weight 1:4 --temperature 1",
+    "ta1": "--kl-weight 1:4 --attack-temperature 1",
     "t4": "--kl-weight 1:4 --temperature 4",
     "t4to1": "--kl-weight 1:4 --temperature 4:1",
-    "t1": f"{MIXED} --temperature 1",
+    "t1": f"{BOTH} --temperature 1",
     "pgd_at": "--baseline pgd_at",
     "rs_both": "--baseline fgsm_rs --attack-mode both",
     "n_both": "--baseline n_fgsm --attack-mode both",
     "both": BOTH,
     "train": f"{BOTH} --attack-mode train",
-    "train8": "--mixup-alpha 0.2 --kl-weight 8 --temperature 2 --attack-mode train",
-    "eval0": "--mixup-alpha 0.2 --kl-weight 0 --temperature 2 --attack-mode eval",
+    "train8": "--mixup-alpha 0.2 --kl-weight 8 --attack-mode train",
+    "eval0": "--mixup-alpha 0.2 --kl-weight 0 --attack-mode eval",
     "eval1": f"{BOTH} --kl-warmup 0.05 --attack-mode eval",
     "fgsm_rs16": "--baseline fgsm_rs --alpha 16",
     "paper": "--mixup-alpha 1 --kl-weight 1 --temperature 1 --delta-init half --attack-mode train",
     "late": f"{BOTH} --attack-mode train --lr-peak 0.4",
 }
 ABLATION = (
-    "n_both", "kl1to4", "both", "klt1", "mixup", "kl0", "kl", "kl4", "kl4ramp", "ta1", "t4",
-    "t4to1", "t1", "eval1", "paper",
+    "mixup", "kl0", "kl", "kl4", "kl1to4", "kl4ramp", "kl1to4t1", "ta1", "t4", "t4to1", "t1",
+    "n_both", "eval1", "paper",
 )  # fmt: skip
 LONG = "--width 16 --train-images 4000 --epochs 110 --batch-size 64 --measure-every 10"
 SHORT = "--width 16 --epochs 15 --lr-schedule cyclic --lr 0.2 --measure-every 5"
@@ -45,14 +43,14 @@ STEEP = (
     "--epsilon 16"
 )
 STEEP15_PARTS = (
-    "n_both", "kl1to4", "both", "kl0", "kl", "kl4", "kl4ramp", "paper", "rs_both", "eval0",
+    "kl0", "kl", "kl4", "kl1to4", "kl4ramp", "kl1to4t1", "paper", "rs_both", "n_both", "eval0",
     "eval1", "train8",
 )  # fmt: skip
 STEEP15 = f"{STEEP} --epochs 15 --on-collapse stop"  # a dead network is not trained further
 LONG16 = f"{LONG} --measure-every 5 --epsilon 16"
 HEADLINE = "--attacks clean pgd-50-10 cw-50"
 PGD_CW = "--attacks clean pgd-50 cw-50"
-CHOICES = ("kl1to4t1", "kl1to4", "kl", "kl4", "both")  # the defaults, and what they might have been
+CHOICES = ("kl1to4", "kl", "kl4", "kl1to4t1", "both")  # the defaults, and what they might have been
 CHOSEN = {"held-out": "--attacks clean cw-50 --held-out --n-examples 3000"}  # between these
 LONGER = {"whole": "--attacks clean cw-50"} | {
     name: f"--attacks clean {name} --n-examples 1000 --batch-size 200"
@@ -84,20 +82,20 @@ def cpu() -> list[Cell]:
         Cell(f"steep15-{method}-seed{seed}", f"{STEEP15} {METHODS[method]} --seed {seed}",
              f"{PGD_CW} --epsilon 16 --n-examples 1000")
         for seed in range(5)
-        for method in ("kl1to4t1", "fgsm_at", "fgsm_rs", "n_fgsm", *STEEP15_PARTS)
+        for method in ("both", "fgsm_at", "fgsm_rs", "n_fgsm", *STEEP15_PARTS)
     ]  # fmt: skip
     cells += [
         Cell(f"long16-{method}-seed{seed}", f"{LONG16} {METHODS[method]} --seed {seed}",
              f"{PGD_CW} --epsilon 16 --n-examples 1000")
         for seed in range(5)
-        for method in ("kl1to4t1", "both", "train8", "fgsm_rs", "n_fgsm", "kl", "eval0")
+        for method in ("both", "train8", "fgsm_rs", "n_fgsm", "kl1to4", "kl", "eval0")
     ]  # fmt: skip
     cells += [
         Cell(f"long-{method}-seed{seed}", f"{LONG} {METHODS[method]} --seed {seed}",
              f"{PGD_CW} --n-examples 2000", ("final", "best"),
              more=(CHOSEN if method in CHOICES else {}) | LONGER)
         for methods in (
-            ("kl1to4t1", "n_fgsm", "fgsm_rs", "fgsm_at", "train", "eval0"), ABLATION, ("pgd_at",)
+            ("both", "n_fgsm", "fgsm_rs", "fgsm_at", "train", "eval0"), ABLATION, ("pgd_at",)
         )
         for seed in range(3) for method in methods
     ]  # fmt: skip
@@ -106,14 +104,14 @@ def cpu() -> list[Cell]:
              f"{LONG} --epsilon {eps} {METHODS[method]} --seed {seed}",
              f"{PGD_CW} --epsilon {eps} --n-examples 2000", ("final", "best"))
         for seed in range(3) for eps in (12, 4)
-        for method in ("kl1to4t1", "n_fgsm", "fgsm_rs", "kl1to4")
+        for method in ("kl1to4", "n_fgsm", "fgsm_rs")
     ]  # fmt: skip
     cells += [
         Cell(f"short-{method}-seed{seed}", f"{SHORT} {METHODS[method]} --seed {seed}", PGD_CW)
         for seed in range(2)
         for method in (
-            "kl1to4t1", "n_fgsm", "fgsm_rs", "n_both", "klt1", "kl1to4", "both", "kl0", "kl", "kl4",
-            "kl4ramp", "train", "eval0", "late",
+            "both", "kl0", "kl", "kl4", "kl1to4", "kl4ramp", "kl1to4t1", "n_fgsm", "fgsm_rs",
+            "train", "eval0", "late",
         )
     ]  # fmt: skip
     cells += [Cell(f"fast-preset-seed{seed}", f"{FAST} --seed {seed}", PGD_CW) for seed in range(2)]
@@ -126,8 +124,7 @@ def cpu() -> list[Cell]:
     return cells + [
         Cell(f"short100-{method}-seed{seed}", f"{SHORT} {METHODS[method]} --seed {seed}", PGD_CW,
              classes=100)
-        for seed in range(2)
-        for method in ("kl1to4t1", "n_fgsm", "fgsm_rs", "klt1", "kl1to4", "both")
+        for seed in range(2) for method in ("both", "kl", "kl4", "kl1to4", "n_fgsm", "fgsm_rs")
     ]  # fmt: skip
 
 
@@ -145,11 +142,11 @@ def gpu() -> list[Cell]:
              classes, {"autoattack": f"{HEADLINE} autoattack --epsilon {eps} --batch-size 1000"})
         for seed in range(3) for model in ("PreActResNet18", "ResNet18")
         for epochs in ("110", "30") for classes in (10, 100) for eps in (8, 16)
-        for method in ("kl1to4t1", "n_fgsm", "both", "klt1", "kl1to4", "fgsm_rs")
+        for method in ("kl1to4", "n_fgsm", "both", "kl", "kl4", "fgsm_rs")
     ]  # fmt: skip
     return cells + [
-        Cell(f"gpu-{classes}-wide-30-eps8-kl1to4t1-seed0",
-             f"{wide} {schedules['30']} {METHODS['kl1to4t1']}",
+        Cell(f"gpu-{classes}-wide-30-eps8-kl1to4-seed0",
+             f"{wide} {schedules['30']} {METHODS['kl1to4']}",
              f"{HEADLINE} autoattack --batch-size 500", classes=classes)
         for classes in (10, 100)
     ]  # fmt: skip

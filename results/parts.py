@@ -9,19 +9,18 @@ from cells import CHOICES
 from report import mcnemar
 
 PARTS = {  # of the method: the cells with it, and those without it
-    "KL 1 to 4": ("kl1to4t1", "n_both"),
-    "KL 1 to 4, T = 2": ("kl1to4", "kl0"),
-    "KL 1, T = 2": ("kl", "kl0"),
-    "KL 1 to 4 in place of KL 1, T = 2": ("kl1to4", "kl"),
-    "Mixup 0.2, beside KL 1, T = 2": ("both", "kl"),
+    "Mixup 0.2, beside KL 1": ("both", "kl"),
+    "KL 1": ("kl", "kl0"),
+    "KL 1 to 4": ("kl1to4", "kl0"),
+    "KL 1 to 4 in place of KL 1": ("kl1to4", "kl"),
     "T = 2 in place of 1": ("kl1to4", "kl1to4t1"),
     "T = 2 in place of 1, with Mixup and KL 1": ("both", "t1"),
-    "attack mode `both`, with Mixup and KL 1, T = 2": ("both", "train"),
+    "attack mode `both`, with Mixup and KL 1": ("both", "train"),
     "attack mode `both`, on N-FGSM": ("n_both", "n_fgsm"),
     "T = 2 and `both`, on N-FGSM": ("kl0", "n_fgsm"),
     "KL 1, T = 2 and `both`, on N-FGSM": ("kl", "n_fgsm"),
 }
-RIVALS = {runs.TITLES[name]: ("kl1to4t1", name) for name in ("n_fgsm", "fgsm_rs", "pgd_at")}
+RIVALS = {runs.TITLES[name]: ("kl1to4", name) for name in ("n_fgsm", "fgsm_rs", "pgd_at")}
 PLACES = {  # where they are compared: prefix of the cells, checkpoint
     "16/255, slow warm-up": ("steep15", "final"),
     "8/255, long, last": ("long", "final"),

@@ -34,8 +34,8 @@ def typed(*words):
 
 
 def flags(*words):
-    """Flags of an attack on running statistics at T = 2, unless the words say otherwise."""
-    return typed("--attack-mode", "eval", "--temperature", "2", *words)
+    """Flags of an attack on running statistics, unless the words say otherwise."""
+    return typed("--attack-mode", "eval", *words)
 
 
 def attack_of(args, alpha=None, start=None):
@@ -84,7 +84,7 @@ def textbook_fgsm(model, x, y, eta, alpha, radius, mode):
 @pytest.mark.parametrize("name", ["fgsm_at", "fgsm_rs", "n_fgsm"])
 def test_baselines_are_the_textbook_loops_bit_by_bit(name, mode, batch):
     """Three optimiser steps of ours and of the loop in the paper, losses compared by equality."""
-    args, losses = typed("--baseline", name, "--attack-mode", mode), []
+    args, losses = flags("--baseline", name, "--attack-mode", mode), []
     x, y = batch
     for ours in (True, False):
         torch.manual_seed(0)
@@ -111,7 +111,7 @@ def test_plain_flags_are_fgsm_rs(batch):
     words = ["--mixup-alpha", "0", "--temperature", "1", "--kl-weight", "0"]
     plain = flags(*words, "--delta-init", "uniform", "--alpha", "10")
     results = []
-    for args in (plain, typed("--baseline", "fgsm_rs", "--attack-mode", "eval")):
+    for args in (plain, flags("--baseline", "fgsm_rs")):
         torch.manual_seed(1)
         results.append(one_step(SmallNet().train(), *batch, args)[0].item())
     assert results[0] == results[1]
@@ -180,7 +180,7 @@ def test_both_attacks_half_on_each_statistics_and_compares_the_half_of_the_batch
 
 def test_trades_is_its_formula(batch):
     x, y = batch
-    args = typed("--baseline", "trades")
+    args = flags("--baseline", "trades")
     torch.manual_seed(0)
     model = SmallNet().train()
     with torch.no_grad():

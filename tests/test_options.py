@@ -156,7 +156,7 @@ def test_a_flag_of_the_kl_term_is_refused_only_where_it_was_given_and_the_weight
     ("pgd_at", 3, "uniform", 10), ("trades", 3, "uniform", 10),
 ])  # fmt: skip
 def test_baselines_are_settings_that_explicit_flags_override(baseline, alpha, start, steps):
-    table = {"mixup_alpha": 0.3, "kl_weight": (9.0, 9.0), "temperature": (3.0, 3.0)}
+    table = {"mixup_alpha": 0.3, "kl_weight": (9.0, 9.0)}
     args = parse(f"--baseline {baseline} --epsilon 12", table)
     assert (args.alpha, args.delta_init, args.attack_steps) == (alpha, start, steps)
     assert args.mixup_alpha == 0 and args.attack_temperature == args.temperature == (1.0, 1.0)
@@ -195,8 +195,7 @@ def test_the_table_of_a_script_sets_defaults_and_knows_no_other_name():
 
 
 def test_each_part_of_the_method_has_a_flag_that_turns_it_off():
-    table = {"mixup_alpha": 0.3, "temperature": (3.0, 3.0), "kl_weight": (9.0, 9.0)}
-    args = parse("--mixup-alpha 0 --temperature 1 --kl-weight 0", table)
+    args = parse("--mixup-alpha 0 --temperature 1 --kl-weight 0")
     assert (args.mixup_alpha, args.kl_weight) == (0, (0, 0))
     assert args.temperature == args.attack_temperature == (1.0, 1.0)
     assert parse("--temperature 4:1 --attack-temperature 3").attack_temperature == (3.0, 3.0)
@@ -240,7 +239,7 @@ def test_the_scripts_tables_are_made_of_flags(name):
     assert all(getattr(args, key) == value for key, value in module.DEFAULTS.items())
     lr, schedule = (0.1, "multistep") if name.endswith("10") else (0.2, "cyclic")
     assert (args.lr, args.lr_schedule, args.lr_peak) == (lr, schedule, 0.01)
-    assert (args.mixup_alpha, args.temperature, args.kl_weight) == (0, (1, 1), (1, 4))
+    assert (args.mixup_alpha, args.temperature, args.kl_weight) == (0, (2, 2), (1, 4))
     assert (args.delta_init, args.kl_reference, args.epsilon, args.alpha) == (
         "noise",
         "start",
