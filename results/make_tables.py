@@ -22,7 +22,7 @@ import plots
 from report import wilson
 
 PAGES = (runs.HERE.parent / "README.md", runs.HERE / "README.md")
-MAIN = ("fgsm_at", "fgsm_rs", "n_fgsm", "pgd_at", "paper", "kl1to4", "kl")
+MAIN = ("fgsm_at", "fgsm_rs", "n_fgsm", "pgd_at", "paper", "kl1to4", "kl1to4t1", "kl")
 OLDER = ("fgsm_rs", "n_fgsm", "pgd_at", "both")  # where today's defaults are not measured
 SETTINGS = {  # of the README's first table: what it is called, its methods, names of its folders
     "16/255, slow warm-up": (MAIN, ("steep15-{}-seed*",)),
