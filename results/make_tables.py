@@ -248,7 +248,7 @@ TABLES |= {"rest": parts.rest, "choice": parts.choice, "shipped": shipped}
 TABLES |= {"rollback": rollback, "outcome": outcome, "preset": preset}
 TABLES["speed"] = partial(speed, "EPYC", (PREACT, WIDE.format(8), WIDE.format(16)), 2)
 TABLES["speed-gpu"] = partial(speed, "H100", (PREACT, WIDE.format(128)), 4)
-for name in ("long", "long12", "long16", "steep", "steep15", "short100"):
+for name in ("long", "long4", "long12", "long16", "steep", "steep15", "short100"):
     TABLES[name] = partial(study, name)
 TABLES["precision"] = partial(study, "precision", {"bf16": "bf16", "fp32": "fp32"})
 
